@@ -1,0 +1,145 @@
+"""Interleaved timing: all providers of a case take turns in one process, so drift hits them alike; medians are reported."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpt.ops._library import Cost
+
+
+@dataclass
+class Case:
+    """One shape of one op: who computes it and what it costs at least.
+
+    Each provider is a callable that does the whole timed work (forward, or forward and backward) and returns its result.
+    `cost` is the op's own floor; providers named "fastpt" come first and are the ones that ratios are taken against.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    direction: str  # "forward" or "forward+backward"
+    providers: dict[str, Callable[[], Any]]
+    cost: Cost
+
+
+@dataclass
+class Timing:
+    provider: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_once(run: Callable[[], Any]) -> float:
+    """Milliseconds of one call."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def compare(case: Case, *, budget_s: float = 2.0, warm_up: int = 2) -> list[Timing]:
+    """Time the providers in turns until `budget_s` per provider is used, at least five rounds."""
+    for run in case.providers.values():
+        for _ in range(warm_up):
+            run()
+    longest = max(time_once(run) for run in case.providers.values())
+    rounds = max(5, min(200, int(1e3 * budget_s / max(longest, 1e-3))))
+    samples: dict[str, list[float]] = {name: [] for name in case.providers}
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, run in case.providers.items():
+                samples[name].append(time_once(run))
+    finally:
+        gc.enable()
+    return [_summary(name, values) for name, values in samples.items()]
+
+
+def _summary(name: str, values: list[float]) -> Timing:
+    ordered = sorted(values)
+    at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+    return Timing(name, statistics.median(ordered), at(0.2), at(0.8))
+
+
+def forward_backward(function: Callable, *inputs: Any) -> Callable[[], Any]:
+    """A provider that runs function(*inputs) and its backward from a fixed incoming gradient."""
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    out = function(*inputs)
+    outs = out if isinstance(out, tuple) else (out,)
+    grads = [torch.randn_like(o) for o in outs]
+
+    def run() -> Any:
+        result = function(*inputs)
+        return torch.autograd.grad(result if isinstance(result, tuple) else (result,), wanted, grads)
+
+    return run
+
+
+def rows(case: Case, timings: list[Timing]) -> Iterator[dict[str, Any]]:
+    """One JSON-ready row per provider, with its rate over the floor of bytes and FLOPs."""
+    ours = next(t for t in timings if t.provider == "fastpt")
+    for t in timings:
+        yield {
+            "op": case.op,
+            "shape": case.shape,
+            "dtype": case.dtype,
+            "direction": case.direction,
+            **asdict(t),
+            "gb_per_s": case.cost.bytes / t.median_ms / 1e6,
+            "gflop_per_s": case.cost.flops / t.median_ms / 1e6,
+            "speedup_of_fastpt": t.median_ms / ours.median_ms,
+        }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on: processor, threads, versions, commit."""
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def write_json_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))

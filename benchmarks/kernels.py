@@ -1,0 +1,58 @@
+"""Time the kernels of one op, or of all: python -m benchmarks.kernels --op swiglu [--dtype bfloat16] [--toy] [--json FILE]."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import harness
+
+
+def available() -> list[str]:
+    return sorted(path.stem.removeprefix("bench_") for path in (Path(__file__).parent / "ops").glob("bench_*.py"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--op", choices=[*available(), "all"], default="all")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="default: both")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--toy", action="store_true", help="tiny shapes and few rounds: checks that it runs")
+    parser.add_argument("--budget-s", type=float, default=2.0, help="seconds per provider and case")
+    parser.add_argument("--json", type=Path, help="write one JSON line per provider and case")
+    options = parser.parse_args(argv)
+
+    dtypes = [getattr(torch, name) for name in options.dtype or ["float32", "bfloat16"]]
+    records: list[dict[str, Any]] = []
+    about = harness.machine()
+    for op in available() if options.op == "all" else [options.op]:
+        module = import_module(f"benchmarks.ops.bench_{op}")
+        for dtype in dtypes:
+            for case in module.cases(options.device, dtype, options.toy):
+                timings = harness.compare(case, budget_s=0.02 if options.toy else options.budget_s)
+                records += [{**row, "machine": about} for row in harness.rows(case, timings)]
+    show(records)
+    if options.json:
+        harness.write_json_lines(options.json, records)
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    table = Table(title="median of interleaved rounds; × is how many times faster fastpt is")
+    for column in ("op", "shape", "dtype", "direction", "provider", "ms", "GB/s", "GFLOP/s", "×"):
+        table.add_column(column, justify="right" if column in ("ms", "GB/s", "GFLOP/s", "×") else "left")
+    for r in records:
+        table.add_row(
+            r["op"], r["shape"], r["dtype"], r["direction"], r["provider"], f"{r['median_ms']:.3f}",
+            f"{r['gb_per_s']:.1f}", f"{r['gflop_per_s']:.1f}", f"{r['speedup_of_fastpt']:.2f}",
+        )  # fmt: skip
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+// The Python module fastpt._C: importing it runs the static initialisers that register every CPU kernel. Host-only
+// functions are bound here; tensors go through torch's dispatcher.
+#include <pybind11/pybind11.h>
+
+#include "cpu/gemm.h"
+#include "cpu/isa.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["torch"] = FASTPT_TORCH_MINOR;
+        info["isa"] = fastpt::isa_name(fastpt::isa());
+        info["gemm_bf16"] = fastpt::gemm_backend(true);
+        info["gemm_fp32"] = fastpt::gemm_backend(false);
+        info["cuda"] = false;
+        return info;
+      },
+      "torch minor version of the build, and what the CPU kernels run on in this process");
+}

@@ -1,0 +1,63 @@
+// Scalar building blocks that the compiler vectorises inside a kernel loop. Included by for_each_isa.h, once per
+// instruction set and inside its namespace: no #include, no #pragma once here.
+#define FASTPT_INLINE inline __attribute__((always_inline))
+
+using bf16 = c10::BFloat16;
+
+FASTPT_INLINE float to_float(float x) {
+  return x;
+}
+FASTPT_INLINE float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+template <typename T>
+FASTPT_INLINE T from_float(float x);
+template <>
+FASTPT_INLINE float from_float<float>(float x) {
+  return x;
+}
+// Round to nearest even; a NaN stays a (quiet) NaN.
+template <>
+FASTPT_INLINE bf16 from_float<bf16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  bf16 out;
+  out.x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  return out;
+}
+
+// e^x within 1.5 ulp of float32: x = n ln2 + r, a degree-6 polynomial on |r| <= ln2 / 2 (Cephes expf coefficients),
+// scaled by 2^n in two steps so that subnormal results are right. Branch-free, so it vectorises.
+FASTPT_INLINE float exp_f(float x) {
+  const float clamped = std::min(std::max(x, -104.0f), 88.8f);
+  const float n = __builtin_rintf(clamped * 1.44269504088896341f);
+  float r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t whole = static_cast<int32_t>(n);
+  const int32_t half = whole >> 1;
+  const int32_t low_bits = (half + 127) << 23, high_bits = (whole - half + 127) << 23;
+  float low, high;
+  std::memcpy(&low, &low_bits, sizeof low);
+  std::memcpy(&high, &high_bits, sizeof high);
+  const float result = p * low * high;
+  return x != x ? x : (x > 88.8f ? std::numeric_limits<float>::infinity() : result);
+}
+
+FASTPT_INLINE float sigmoid_f(float x) {
+  return 1.0f / (1.0f + exp_f(-x));
+}
+FASTPT_INLINE float tanh_f(float x) {
+  return 1.0f - 2.0f / (exp_f(2.0f * x) + 1.0f);
+}

@@ -1,0 +1,103 @@
+"""One place that talks to torch.library: schema, reference, fake, cost and device kernels of every op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("fastpt", "DEF")
+
+
+def _load_native() -> str | None:
+    """Import fastpt._C, which registers the C++ CPU kernels; return why not, or None when they are in place."""
+    if find_spec("fastpt._C") is None:  # absent is fine, broken is an error
+        return "fastpt._C was not built (no C++ compiler at install time?): pip install --no-build-isolation -e ."
+    import fastpt._C as native
+
+    built, running = native.build_info()["torch"], ".".join(torch.__version__.split(".")[:2])
+    if built != running:
+        raise ImportError(
+            f"fastpt._C was built for torch {built}, this is torch {torch.__version__}: "
+            "reinstall fastpt (pip install --no-build-isolation --force-reinstall --no-deps fastpt)"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call of an op must move and compute at least.
+
+    Units: bytes_read and bytes_written count each input and output once (no cache); flops counts a multiply-add as 2.
+    """
+
+    bytes_read: int
+    bytes_written: int
+    flops: int
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_read + self.bytes_written
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.bytes_read + other.bytes_read, self.bytes_written + other.bytes_written, self.flops + other.flops
+        )
+
+
+@dataclass(frozen=True)
+class Op:
+    """One registered op: how `fastpt doctor`, the benchmarks and the tests find it."""
+
+    name: str
+    overload: Callable[..., Any]
+    reference: Callable[..., Any]
+    cost: Callable[..., Cost]
+    triton: str | None
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(
+    schema: str, *, reference: Callable, fake: Callable, cost: Callable[..., Cost], triton: str | None = None
+) -> Callable[..., Any]:
+    """Define `fastpt::<name>` from its schema and return the overload to call.
+
+    `reference` serves every device that has no kernel of its own. A C++ kernel claims the CPU by
+    TORCH_LIBRARY_IMPL(fastpt, CPU, m). `triton` is "module:function", imported on its first call with CUDA tensors.
+    `fake` and `cost` take the op's arguments; `fake` returns empty outputs, `cost` a `Cost`.
+    """
+    name = LIBRARY.define(schema).split("::")[-1]
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastpt::{name}", fake, lib=LIBRARY)
+    if triton is not None:
+        LIBRARY.impl(name, _imported_on_first_call(triton), "CUDA")
+    overload = getattr(torch.ops.fastpt, name).default
+    OPS[name] = Op(name, overload, reference, cost, triton)
+    return overload
+
+
+def _imported_on_first_call(target: str) -> Callable:
+    module, function = target.split(":")
+    return lambda *args, **kwargs: getattr(import_module(module), function)(*args, **kwargs)
+
+
+def serving_kernel(name: str, device_type: str) -> str:
+    """What serves `fastpt::<name>` on a device type: "C++", "Triton" or "reference"."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpt::{name}", key):
+        return "reference"
+    return "C++" if key == "CPU" else "Triton"
+
+
+def nbytes(*tensors: torch.Tensor | None) -> int:
+    """Bytes of the tensors that are there."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+MISSING_NATIVE = _load_native()

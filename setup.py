@@ -1,0 +1,58 @@
+"""Build rules: the kernels/ mapping and the one native module, fastpt._C.
+
+FASTPT_NATIVE=0 skips the native module, FASTPT_NATIVE=1 makes a missing compiler an error. By default it is built where
+a C++ compiler is there and skipped, with one line, where not: fastpt then runs on its PyTorch references.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+def native_module() -> dict:
+    """setup() arguments for fastpt._C, or {} when it is not to be built."""
+    wanted = os.environ.get("FASTPT_NATIVE", "auto")
+    if wanted == "0":
+        return {}
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        if wanted == "1":
+            raise SystemExit("fastpt: FASTPT_NATIVE=1, but no C++ compiler was found (install g++ or set CXX)")
+        print("fastpt: no C++ compiler found, building without the native CPU kernels (slower)", file=sys.stderr)
+        return {}
+    try:
+        import pybind11
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as missing:
+        if wanted == "1":
+            raise
+        print(f"fastpt: {missing.name} is not installed here, building without the native CPU kernels (slower); "
+              "for them: pip install torch pybind11 ninja, then pip install --no-build-isolation .", file=sys.stderr)  # fmt: skip
+        return {}
+
+    minor = ".".join(torch.__version__.split(".")[:2])
+    extension = CppExtension(
+        "fastpt._C",
+        sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+        include_dirs=[str(Path("csrc").resolve()), pybind11.get_include()],
+        # ISA-specific code is chosen at run time (csrc/cpu/for_each_isa.h), so no -march here: the wheel runs elsewhere.
+        # -fopenmp: at::parallel_for is a header template that needs it to run in parallel.
+        extra_compile_args=[
+            "-O3", "-std=c++20", "-g0", "-fopenmp", "-fvisibility=hidden",
+            "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi",
+            f'-DFASTPT_TORCH_MINOR="{minor}"',
+        ],
+        extra_link_args=["-fopenmp"],
+    )  # fmt: skip
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(
+    packages=[*find_packages(include=["fastpt", "fastpt.*"]), "fastpt.kernels"],
+    package_dir={"fastpt.kernels": "kernels"},  # fastpt/kernels is a link to it, for editable installs
+    **native_module(),
+)
