@@ -1,6 +1,7 @@
 """The public ops. Each lives in the file of its stem; importing them here binds the function over its submodule."""
 
 from fastpt.ops.adamw import adamw
+from fastpt.ops.attention import attention
 from fastpt.ops.geglu import geglu
 from fastpt.ops.layer_norm import layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
@@ -14,6 +15,7 @@ __all__ = [
     "TokenStats",
     "adamw",
     "add_rms_norm",
+    "attention",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
