@@ -9,7 +9,6 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as module_state
@@ -63,15 +62,10 @@ class Projection:
         assert weight is not None
         if self.lora_a is None:
             return F.linear(x, weight, bias)
-        if torch.is_autocast_enabled(x.device.type):  # the op sees no autocast: cast as F.linear would be
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        # Drawn from torch's generator, so that a checkpoint's replay, which restores it, drops the same elements.
-        seed = int(torch.randint(2**31 - 1, ())) if self.dropout_p > 0 else None
+        assert self.lora_b is not None
         return lora_linear(
-            x, weight, bias, self.lora_a, self.lora_b, self.scale,
-            dropout_p=self.dropout_p, seed=seed, magnitude=self.magnitude,
-        )  # fmt: skip
+            x, weight, bias, self.lora_a, self.lora_b, self.scale, dropout_p=self.dropout_p, magnitude=self.magnitude
+        )
 
     @classmethod
     def read(cls, module: nn.Module, path: str) -> Projection:
@@ -105,9 +99,9 @@ class Projection:
             return None
         dropout_p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         magnitude = None
-        if name in getattr(layer, "lora_variant", {}):
-            if not layer.use_dora.get(name) or name not in layer.lora_magnitude_vector or dropout_p > 0:
-                return None
+        if (variant := getattr(layer, "lora_variant", {}).get(name)) is not None:
+            if type(variant).__name__ != "DoraLinearVariant" or dropout_p > 0:
+                return None  # PEFT drops DoRA's input before both terms
             magnitude = layer.lora_magnitude_vector[name].weight
         return cls(base.weight, base.bias, a.weight, b.weight, layer.scaling[name], dropout_p, magnitude)
 
