@@ -76,7 +76,8 @@ def attention_forward(
     """The entry of transformers' attention table."""
     extra = {name: value for name, value in kwargs.items() if value is not None and name not in HARMLESS}
     if (calls := _recorded.get()) is not None:
-        calls.append({"scaling": scaling, "softcap": softcap, "extra": sorted(extra)})
+        calls.append({"scaling": scaling, "softcap": softcap, "dropout": dropout, "extra": sorted(extra)})
+        dropout = 0.0
     layout = attention_mask
     if isinstance(layout, Layout):
         layout = layout.given(kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
