@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpt.errors import ModelError
@@ -66,7 +67,7 @@ def fuse(model: nn.Module) -> Handle:
     if (handle := handle_of(model)) is not None:
         return handle
     handle = Handle(model)
-    named = [(path, module) for path, module in model.named_modules() if hasattr(module, "_supports_attention_backend")]
+    named = [(path, module) for path, module in model.named_modules() if isinstance(module, PreTrainedModel)]
     if not named:
         raise ModelError(
             f"{type(model).__name__} holds no transformers model; fuse takes a PreTrainedModel or a PeftModel"

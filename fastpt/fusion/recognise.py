@@ -89,7 +89,8 @@ def _child_with(module: nn.Module, name: str) -> str | None:
 def block_recipe(block: nn.Module) -> Recipe:
     """The recipe of a decoder block by structure alone; raises NotFusable with what does not fit."""
     attention_name, mlp_name = _child_with(block, "o_proj"), _child_with(block, "down_proj")
-    assert attention_name is not None and mlp_name is not None
+    if attention_name is None or mlp_name is None:
+        raise NotFusable("no o_proj or no down_proj in its parts")
     attention: Any = block._modules[attention_name]
     mlp: Any = block._modules[mlp_name]
     check_untouched(attention, attention_name)
@@ -195,7 +196,7 @@ def verified(block: nn.Module, recipe: Recipe) -> Recipe:
     width = next(p.numel() for p in block._modules[recipe.norm.name].parameters())  # type: ignore[union-attr]
     x = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(weight.device, dtype)
     angles = (torch.rand(1, PROBE_TOKENS, recipe.head_dim // 2, generator=generator) * 6).repeat(1, 1, 2)
-    tables = tuple(table.to(weight.device, dtype) for table in (angles.cos(), angles.sin()))
+    cos, sin = (table.to(weight.device, dtype) for table in (angles.cos(), angles.sin()))
     layout = Layout(1, PROBE_TOKENS, weight.device, causal=True)
     position_ids = torch.arange(PROBE_TOKENS, device=weight.device)[None]
     with evaluating(block):
@@ -203,14 +204,14 @@ def verified(block: nn.Module, recipe: Recipe) -> Recipe:
         attention.training = True  # type: ignore[union-attr]  # shows the dropout it would pass; recording drops none
         with recording() as calls:
             theirs = type(block).forward(
-                block, x, attention_mask=layout.dense, position_embeddings=tables, position_ids=position_ids
+                block, x, attention_mask=layout.dense, position_embeddings=(cos, sin), position_ids=position_ids
             )
         if len(calls) != 1 or calls[0]["extra"]:
             raise NotFusable(f"attention is called with {calls[0]['extra'] if calls else 'no attention function'}")
         passed = {"scale": calls[0]["scaling"], "softcap": calls[0]["softcap"]}
         recipe = replace(recipe, **passed, attention_dropout=float(calls[0]["dropout"]))
-        pieces = recipe.read_weights(block, dtype)
-        ours = decoder_block(x, Block(*pieces, *tables, layout, recipe.scale, recipe.softcap, None, 0))
+        qkv, mlp = recipe.read_weights(block, dtype)
+        ours = decoder_block(x, Block(qkv, mlp, cos, sin, layout, recipe.scale, recipe.softcap, None, 0))
     if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
         raise NotFusable("its forward returns something else than hidden states")
     error = (ours.float() - theirs.float()).norm() / (theirs.float() - x.float()).norm().clamp(min=1e-20)
