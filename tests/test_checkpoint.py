@@ -23,7 +23,12 @@ def _weights(run):
 
 @pytest.mark.parametrize(
     ("method", "precision"),
-    [({"name": "lora", "rank": 4, "dropout": 0.1}, "fp32"), ("dora", "bf16"), ("full", "bf16"), ({"name": "lora", "init": "pissa"}, "fp32")],
+    [
+        ({"name": "lora", "rank": 4, "dropout": 0.1}, "fp32"),
+        ("dora", "bf16"),
+        ("full", "bf16"),
+        ({"name": "lora", "init": "pissa"}, "fp32"),
+    ],
 )
 def test_resume_is_bit_exact(tmp_path, method, precision):
     changes = {"method": method, "precision": precision, "save_steps": 1, "keep_checkpoints": 10}
@@ -51,7 +56,12 @@ def test_resume_true_takes_the_newest_whole_one_and_cuts_the_history(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"seed": 1}, "seed was 0 and is 1"), ({"data": chat_rows(11)}, "data was"), ({"batch_rows": 2}, "batch_rows was 4")]
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"data": chat_rows(11)}, "data was"),
+        ({"batch_rows": 2}, "batch_rows was 4"),
+    ],
 )
 def test_resume_refuses_a_changed_run(tmp_path, change, named):
     fastpt.train(**run_settings(tmp_path, save_steps=3))

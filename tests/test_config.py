@@ -58,11 +58,18 @@ def test_own_optimizer_is_a_plain_function():
 
 
 def test_files_and_overrides(tmp_path):
-    (tmp_path / "run.toml").write_text('model = "m"\nobjective = "sft"\n[optim]\nlr = 1e-4\n[method.rank_pattern]\n"a.b" = 4\n')
-    (tmp_path / "run.yaml").write_text('model: m\nobjective: sft\noptim: {lr: 1.0e-4}\nmethod: {rank_pattern: {"a.b": 4}}\n')
+    (tmp_path / "run.toml").write_text(
+        'model = "m"\nobjective = "sft"\n[optim]\nlr = 1e-4\n[method.rank_pattern]\n"a.b" = 4\n'
+    )
+    (tmp_path / "run.yaml").write_text(
+        'model: m\nobjective: sft\noptim: {lr: 1.0e-4}\nmethod: {rank_pattern: {"a.b": 4}}\n'
+    )
     trees = [read_file(tmp_path / name) for name in ("run.toml", "run.yaml")]
     assert trees[0] == trees[1]
-    over = merge(trees[0], dict([parse_override("optim.lr=2e-4"), parse_override("data=rows.jsonl"), parse_override("data.split=x")]))
+    over = merge(
+        trees[0],
+        dict([parse_override("optim.lr=2e-4"), parse_override("data=rows.jsonl"), parse_override("data.split=x")]),
+    )
     made = build(merge(over, {"objective.label_smoothing": 0.1}))
     assert (made.optim.lr, made.data.path, made.data.split) == (2e-4, "rows.jsonl", "x")
     assert made.method.rank_pattern == {"a.b": 4}

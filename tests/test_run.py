@@ -24,7 +24,9 @@ def _logits(model, tokenizer, text=PROBE):
         return model.eval()(torch.tensor([tokenizer(text)["input_ids"]])).logits
 
 
-@pytest.mark.parametrize("method", [{"name": "lora", "rank": 4}, "dora", {"name": "lora", "rank_pattern": {"q_proj": 2}, "rslora": True}])
+@pytest.mark.parametrize(
+    "method", [{"name": "lora", "rank": 4}, "dora", {"name": "lora", "rank_pattern": {"q_proj": 2}, "rslora": True}]
+)
 def test_peft_loads_what_fastpt_saved(tmp_path, base, method):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,7 +36,9 @@ def test_peft_loads_what_fastpt_saved(tmp_path, base, method):
     plain = AutoModelForCausalLM.from_pretrained(base)
     theirs = PeftModel.from_pretrained(plain, run.path / "model")
     torch.testing.assert_close(_logits(theirs, tokenizer), _logits(run.model, run.tokenizer), rtol=1e-4, atol=1e-5)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], add_generation_prompt=True, return_tensors="pt")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROBE}], add_generation_prompt=True, return_tensors="pt"
+    )
     ids = ids if isinstance(ids, torch.Tensor) else ids["input_ids"]
     made = theirs.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
     assert tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True) == run.generate(PROBE, max_new_tokens=8)
@@ -44,7 +48,10 @@ def test_an_adapter_made_by_peft_goes_on_in_fastpt(tmp_path, base):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    made = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    made = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
     with torch.no_grad():
         for name, p in made.named_parameters():
             if "lora_B" in name:
@@ -60,7 +67,12 @@ def test_an_adapter_made_by_peft_goes_on_in_fastpt(tmp_path, base):
 
 @pytest.mark.parametrize(
     "method",
-    [{"name": "lora", "rank": 4}, "dora", {"name": "lora", "init": "pissa"}, {"name": "lora", "modules_to_save": ["lm_head"]}],
+    [
+        {"name": "lora", "rank": 4},
+        "dora",
+        {"name": "lora", "init": "pissa"},
+        {"name": "lora", "modules_to_save": ["lm_head"]},
+    ],
 )
 def test_merge_agrees_and_says_how_well(tmp_path, base, method, capsys):
     from transformers import AutoModelForCausalLM

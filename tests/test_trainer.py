@@ -5,9 +5,9 @@ import signal
 
 import pytest
 import torch
+from fastpt.data.batches import collate
 
 import fastpt
-from fastpt.data.batches import collate
 from fastpt.errors import ConfigError, ModelError, TrainingError
 from fastpt.objectives.sft import SFT
 from fastpt.trainer import Trainer
@@ -205,5 +205,7 @@ def test_what_cannot_work_is_said_before_any_step(tmp_path):
 
 def test_pretraining_cuts_long_documents_and_trains_every_token(tmp_path):
     rows = [{"text": "the quick brown fox " * 30}, {"text": "short"}]
-    run = fastpt.train(**run_settings(tmp_path, objective="pretrain", data=rows, max_length=64, max_steps=2, batch_rows=None))
+    run = fastpt.train(
+        **run_settings(tmp_path, objective="pretrain", data=rows, max_length=64, max_steps=2, batch_rows=None)
+    )
     assert run.history[0]["trained_tokens"] > 0.9 * run.history[0]["tokens"]

@@ -52,7 +52,9 @@ def test_grad_scale_is_the_gradient_scaled():
 
 
 def test_state_round_trip_is_exact():
-    parameters, optimizer = _trajectory(lambda g: AdamW(g, lr=1e-2), [torch.randn(5, 2), torch.randn(3), torch.randn(2)], dtype=torch.bfloat16)
+    parameters, optimizer = _trajectory(
+        lambda g: AdamW(g, lr=1e-2), [torch.randn(5, 2), torch.randn(3), torch.randn(2)], dtype=torch.bfloat16
+    )
     saved = copy.deepcopy(optimizer.state_dict())
     twins = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     other = AdamW([{"params": twins[:2]}, {"params": twins[2:]}], lr=1.0)
