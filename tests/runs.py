@@ -7,7 +7,23 @@ from typing import Any
 
 from tests.tiny import tiny_model, tiny_tokenizer
 
-WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "sun", "moon", "star", "tea", "milk", "salt"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "cat",
+    "dog",
+    "bird",
+    "sun",
+    "moon",
+    "star",
+    "tea",
+    "milk",
+    "salt",
+]
 
 
 def chat_rows(count: int = 12, seed: int = 0) -> list[dict[str, Any]]:

@@ -30,7 +30,9 @@ def backbone_of(model: nn.Module) -> Any:
     inner = causal_lm(model)
     backbone = getattr(inner, "base_model", inner)
     if backbone is inner:
-        raise ModelError(f"{type(inner).__name__} has no backbone under its head; give a model such as AutoModelForCausalLM")
+        raise ModelError(
+            f"{type(inner).__name__} has no backbone under its head; give a model such as AutoModelForCausalLM"
+        )
     return backbone
 
 
@@ -171,9 +173,7 @@ def _logit_scale(config: Any) -> float:
     return 1.0
 
 
-def _cross_entropy(
-    logits: Tensor, targets: Tensor, *, reduction: str, label_smoothing: float, z_loss: float
-) -> Tensor:
+def _cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str, label_smoothing: float, z_loss: float) -> Tensor:
     """Over logits, for heads that only their module can compute."""
     losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing, ignore_index=IGNORED)
     is_kept = targets != IGNORED

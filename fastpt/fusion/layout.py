@@ -71,7 +71,9 @@ class Layout:
         if self.padding is None:
             return Spans(None, None, rows, rows)
         real = self.padding.flatten().nonzero().flatten()
-        cu_seqlens = torch.nn.functional.pad(self.padding.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+        cu_seqlens = torch.nn.functional.pad(
+            self.padding.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)
+        )
         # Without causality every query, padded ones too, sees the real keys, as under a dense mask.
         return Spans(real, real, cu_seqlens, cu_seqlens) if self.causal else Spans(None, real, rows, cu_seqlens)
 
