@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import output_capturing
 
 from fastpt.fusion.layout import Layout, attention_mask
 from fastpt.ops import attention
@@ -91,7 +92,10 @@ def attention_forward(
 
 
 def asks_for_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether the caller wants the attention weights, by keyword or by config."""
+    """Whether the caller wants the attention weights: by keyword, by config, or through transformers' recorder."""
+    collector = output_capturing._active_collector.get()
+    if collector and any("attentions" in key for key in collector):
+        return True
     asked = kwargs.get("output_attentions")
     return bool(getattr(getattr(module, "config", None), "output_attentions", False) if asked is None else asked)
 

@@ -73,6 +73,8 @@ def fused_forward(patch: Patch) -> Any:
         kwargs |= zip(list(inspect.signature(type(self).forward).parameters)[1:], args, strict=False)
         if options is not None:
             return _token_output(self, kwargs, options["temperature"])
+        if kwargs.get("labels") is None or not self.training:
+            return patch.below(self, **kwargs)  # logits are what is asked for
         patch.fallback = _why_logits(self, kwargs)
         return patch.below(self, **kwargs) if patch.fallback else _loss_output(self, kwargs)
 
@@ -80,9 +82,7 @@ def fused_forward(patch: Patch) -> Any:
 
 
 def _why_logits(model: Any, kwargs: dict[str, Any]) -> str | None:
-    """Why this call has to make logits, or None when the loss alone is asked for."""
-    if kwargs.get("labels") is None or not model.training:
-        return "logits are asked for"
+    """Why a training call has to make logits all the same, or None when it does not."""
     if model.loss_function is not ForCausalLMLoss or kwargs.get("ignore_index", IGNORED) != IGNORED:
         return "the model has a loss of its own"
     keep = kwargs.get("logits_to_keep")

@@ -41,7 +41,11 @@ def rows_of(handle: Handle) -> list[Row]:
             head = module.get_output_embeddings()
             covered.update(head.modules())
             name = next((name for name, part in handle.model.named_modules() if part is head), path)
-            rows += [_served(name, "linear_cross_entropy", device), _served(name, "token_stats", device)]
+            reason = patch.fallback if patch is not None else None
+            rows += [_served(name, "token_stats", device)]
+            rows.append(
+                Row(name, "", "", f"last call: {reason}") if reason else _served(name, "linear_cross_entropy", device)
+            )
         if path in handle.backbones:
             rows.append(_served(f"{path} attention".strip(), "attention", device))
         if isinstance(recipe, Recipe) and patch is not None:
@@ -103,7 +107,9 @@ def show(rows: list[Row]) -> list[Row]:
         seen.setdefault((name, *row[1:]), []).append(-1 if layer is None else int(layer.group(1)))
     for (name, op, kernel, reason), layers in seen.items():
         table.add_row(name.replace("*", _ranges(layers), 1), op, kernel, reason)
-    Console(soft_wrap=False).print(table)
+    console = Console()
+    console.width = max(console.width, 140)  # module paths are not worth cutting
+    console.print(table)
     return rows
 
 

@@ -172,11 +172,13 @@ def _heads(attention: Any, qkv: tuple[str, ...]) -> tuple[int, int, int]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for every submodule, each put back as it was."""
+    """Eval mode for every submodule, each put back as it was, and no autocast: both forms are compared in full precision."""
     was = {part: part.training for part in module.modules()}
+    device = next((p.device.type for p in module.parameters()), "cpu")
     module.eval()
     try:
-        yield
+        with torch.autocast(device, enabled=False):
+            yield
     finally:
         for part, training in was.items():
             part.training = training
