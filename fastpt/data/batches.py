@@ -6,8 +6,11 @@ document is never predicted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from torch import Tensor
 from fastpt.data.pack import plan_epoch
 from fastpt.data.render import Example
 from fastpt.data.sources import StreamedRows
-from fastpt.data.tokenised import LengthReport, apply_policy
+from fastpt.data.tokenised import LengthReport, apply_policy, check_policy
 from fastpt.errors import DataError
 
 
@@ -96,6 +99,7 @@ class StreamPlanner:
         window_rows: int = 2048,
         state: dict[str, Any] | None = None,
     ):
+        check_policy(max_length, too_long)
         self._rows, self._prepare = rows, prepare
         self._max_length, self._too_long = max_length, too_long
         self._batch: dict[str, Any] = {
@@ -133,15 +137,19 @@ class StreamPlanner:
     def _read_window(self, stream: Iterator[tuple[int, dict, str]], held: list, wanted: set) -> int | None:
         """Add a window of rows to `held`, and of rows before it what was carried; the row after it, None at the end."""
         first = self._state["row"]
-        for row, content, place in stream:
-            if row >= first or any(key[0] == row for key in wanted):
-                examples = apply_policy(self._prepare(content, place), self._max_length, self._too_long, self.report)
-                keys = [(row, number) for number in range(len(examples))]
-                held += [(k, e) for k, e in zip(keys, examples, strict=True) if row >= first or k in wanted]
-                if self._too_long == "error" and self.report.too_long:
-                    raise DataError(self.report.why_too_long(self._rows.name, self._max_length))
-            if row + 1 == first + self._window_rows:
-                return row + 1
+        carried_rows = {row for row, _ in wanted}
+        window = list(islice(stream, first + self._window_rows - min([first, *carried_rows])))
+        taken = [item for item in window if item[0] >= first or item[0] in carried_rows]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            prepared = list(pool.map(lambda item: self._prepare(item[1], item[2]), taken))
+        for (row, _, _), examples in zip(taken, prepared, strict=True):
+            kept = apply_policy(examples, self._max_length, self._too_long, self.report)
+            held += [((row, n), e) for n, e in enumerate(kept) if row >= first or (row, n) in wanted]
+        wanted.clear()
+        if self._too_long == "error" and self.report.too_long:
+            raise DataError(self.report.why_too_long(self._rows.name, self._max_length))
+        if window and window[-1][0] + 1 == first + self._window_rows:
+            return first + self._window_rows
         if self.report.examples == 0:
             raise DataError(f"{self._rows.name} gives nothing to train on: {self.report.why_nothing()}")
         return None

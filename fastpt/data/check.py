@@ -33,8 +33,7 @@ class CheckReport:
     source: str
     rows: int = 0
     format: str = ""
-    problem_count: int = 0
-    problems: list[str] = field(default_factory=list)  # the first of them
+    problem_rows: dict[str, int] = field(default_factory=dict)  # the first row's message -> how many rows have it
     notes: list[str] = field(default_factory=list)
     unit: str = "words"
     lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -42,6 +41,7 @@ class CheckReport:
     max_length: int | None = None
     duplicates: list[tuple[str, str]] = field(default_factory=list)  # (place, place of the first equal row)
     sample: RichText | None = None
+    _kinds: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -57,10 +57,22 @@ class CheckReport:
         """Tokens beyond `max_length`, which truncation would lose."""
         return int(np.maximum(self.lengths - self.max_length, 0).sum()) if self.max_length else 0
 
-    def add_problem(self, problem: str) -> None:
-        self.problem_count += 1
-        if len(self.problems) < PROBLEMS_SHOWN:
-            self.problems.append(problem)
+    @property
+    def problem_count(self) -> int:
+        return sum(self.problem_rows.values())
+
+    @property
+    def problems(self) -> list[str]:
+        """One sentence per kind of problem, with the first place that has it."""
+        return [
+            text if count == 1 else f"{text} (and {count - 1} more rows like it)"
+            for text, count in self.problem_rows.items()
+        ]
+
+    def add_problem(self, problem: str, place: str = "") -> None:
+        """Count a problem; rows that differ only in their place count as one kind."""
+        kind = self._kinds.setdefault(problem.replace(place, "") if place else problem, problem)
+        self.problem_rows[kind] = self.problem_rows.get(kind, 0) + 1
 
     def facts(self) -> list[tuple[str, str]]:
         """The findings as (name, value) lines."""
@@ -108,10 +120,10 @@ class CheckReport:
         if self.sample is not None:
             yield Text("One row as the model sees it, trained tokens between ⟦ ⟧:", style="dim")
             yield self.sample
-        for problem in self.problems:
+        for problem in self.problems[:PROBLEMS_SHOWN]:
             yield Text(problem, style="red")
-        hidden = self.problem_count - len(self.problems)
-        yield Text(f"... and {hidden} more problems" if hidden else "", end="\n" if hidden else "")
+        if len(self.problems) > PROBLEMS_SHOWN:
+            yield Text(f"... and {len(self.problems) - PROBLEMS_SHOWN} more kinds of problem", style="red")
         verdict = "ready to train" if self.ok else f"{self.problem_count} problems: mend them first"
         yield Text(verdict, style="bold green" if self.ok else "bold red")
 
@@ -167,7 +179,7 @@ def _check_rows(rows: Rows, tokenizer: Any, columns: Mapping[str, str] | None, r
                 continue
             examples = _examples(tokenizer, content, place)
         except DataError as error:
-            report.add_problem(str(error))
+            report.add_problem(str(error), place)
             continue
         for example in examples:
             lengths.append(len(example.input_ids))

@@ -135,6 +135,8 @@ def _files(spec: str, split: str | None) -> list[Path] | None:
     """The files that spec names, or None when it can only be a hub id."""
     path = Path(spec).expanduser()
     if path.is_file():
+        if split not in (None, "train"):
+            raise DataError(f"{spec!r} is one file, which has no split {split!r}: name the file of that split instead")
         return [path]
     if path.is_dir():
         return _files_of_split(sorted(p for p in path.iterdir() if suffix_of(p) in READERS), spec, split)

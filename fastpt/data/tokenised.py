@@ -89,6 +89,13 @@ class LengthReport:
         return f"{self.all_masked_rows} of {self.rows} rows have no trained token{cut}"
 
 
+def check_policy(max_length: int, too_long: str) -> None:
+    if too_long not in POLICIES:
+        raise DataError(f"too_long is {too_long!r}: choose one of {', '.join(POLICIES)}")
+    if max_length < 2:
+        raise DataError(f"max_length is {max_length}: it must be at least 2, one token to read and one to predict")
+
+
 def apply_policy(examples: list[Example], max_length: int, too_long: str, report: LengthReport) -> list[Example]:
     """The examples that are trained, with what happened to the others added to the report."""
     kept: list[Example] = []
@@ -188,10 +195,7 @@ def tokenise(
     `progress(rows done, rows in all)` is called now and then.
     Raises: DataError for the first bad row, for rows that are too long under "error", and when nothing is left.
     """
-    if too_long not in POLICIES:
-        raise DataError(f"too_long is {too_long!r}: choose one of {', '.join(POLICIES)}")
-    if max_length < 2:
-        raise DataError(f"max_length is {max_length}: it must be at least 2, one token to read and one to predict")
+    check_policy(max_length, too_long)
     folder = None
     if cache_key is not None and cache_dir is not None:
         identity = repr((CACHE_VERSION, rows.fingerprint, cache_key, max_length, too_long))
