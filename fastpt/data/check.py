@@ -124,7 +124,10 @@ class CheckReport:
             yield Text(problem, style="red")
         if len(self.problems) > PROBLEMS_SHOWN:
             yield Text(f"... and {len(self.problems) - PROBLEMS_SHOWN} more kinds of problem", style="red")
-        verdict = "ready to train" if self.ok else f"{self.problem_count} problems: mend them first"
+        count = self.problem_count
+        verdict = f"{count} problem{'s' * (count > 1)}: mend them first" if count else "ready to train"
+        if self.ok and self.too_long:
+            verdict += ", once too_long says what to do with the long rows: truncate or drop"
         yield Text(verdict, style="bold green" if self.ok else "bold red")
 
 

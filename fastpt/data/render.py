@@ -188,10 +188,12 @@ def _example(document: _Document, ids: np.ndarray, offsets: np.ndarray, place: s
     trained = np.zeros(len(ids), bool)
     weights = np.ones(len(ids), np.float32)
     for start, end, weight in document.spans:
-        # A token that straddles the start holds letters of the answer, so it is trained too.
-        inside = (offsets[:, 1] > start) & (offsets[:, 0] < end)
-        chosen = np.flatnonzero(inside)
         span = document.text[start:end]
+        letters = end - len(span.lstrip())
+        # A token across the start is trained if it holds letters of the answer, not if it is a special token that
+        # takes the white space after it.
+        inside = (offsets[:, 0] < end) & (offsets[:, 1] > np.where(offsets[:, 0] < start, letters, start))
+        chosen = np.flatnonzero(inside)
         covered = document.text[offsets[chosen[0], 0] : offsets[chosen[-1], 1]] if len(chosen) else ""
         if span.strip() not in covered:
             raise DataError(

@@ -276,7 +276,7 @@ def _load(folder: Path, rows: Rows) -> Tokenised | None:
     try:
         meta = json.loads((folder / "meta.json").read_text())
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in meta["arrays"]}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError) as error:
         warnings.warn(f"the cached tokens in {folder} cannot be read ({error}), so they are made anew", stacklevel=3)

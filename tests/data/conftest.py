@@ -55,12 +55,12 @@ def make_tokenizer():
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    def make(template: str | None = "chatml", special: list[str] = SPECIAL):
+    def make(template: str | None = "chatml", special: list = SPECIAL):
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+        backend.add_special_tokens([t if isinstance(t, AddedToken) else AddedToken(t, special=True) for t in special])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
         tokenizer.chat_template = TEMPLATES.get(template, template)
         return tokenizer
