@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -111,7 +112,7 @@ class Config(Node):
     model: Any = Field(description="hub id, local directory, GGUF file, run folder, PEFT adapter, or nn.Module")
     data: DataConfig = Field(description="training rows")
     objective: Any = Field("sft", description="name or settings of an objective, or an object of your own")
-    method: MethodConfig = Field(default_factory=MethodConfig)
+    method: MethodConfig = Field(default_factory=lambda: MethodConfig())
     eval_data: DataConfig | None = None
     output: Path = Field(Path("runs/last"), description="folder of the run")
     seed: int = 0
@@ -132,7 +133,7 @@ class Config(Node):
         None, ge=1, description="most tokens in the model at once (default: 2048, or max_length)"
     )
 
-    optim: OptimConfig = Field(default_factory=OptimConfig)
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
     gradient_checkpointing: bool = False
 
     logging_steps: int = Field(1, ge=1)
@@ -235,9 +236,9 @@ def _plain(value: Any) -> Any:
 
 
 def _toml(text: str) -> dict[str, Any]:
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ModuleNotFoundError:  # Python 3.10
+    else:
         import tomli as tomllib
     return tomllib.loads(text)
 
