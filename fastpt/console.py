@@ -72,15 +72,16 @@ class Console:
         self._terminal.print(table)
 
     def show_sample(self, text: Text, title: str) -> None:
-        """A decoded example whose styled parts are those trained on; where no colours are shown, they stand in ⟦ ⟧."""
+        """A decoded example, as fastpt.data.render.show_example marks it."""
         if self.quiet:
             return
         sample = text.copy()
         sample.plain = _visible(sample.plain)  # one sign for one, so the styles keep their places
-        if self._terminal.is_terminal and not self._terminal.no_color:
+        if self._terminal.is_terminal:
             self._terminal.print(Panel(sample, title=Text(_visible(title)), title_align="left"))
         else:
-            self._print(Text(f"{_visible(title)}\n{bracketed(sample)}"))
+            self.say(title)
+            self._print(sample)
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
@@ -173,22 +174,6 @@ class Console:
 
     def _print(self, text: Text) -> None:
         self._terminal.print(text, soft_wrap=True)
-
-
-def bracketed(text: Text) -> str:
-    """The plain text with ⟦ ⟧ around its styled parts."""
-    marked = [False] * len(text.plain)
-    for span in text.spans:
-        if span.style:
-            marked[span.start : span.end] = [True] * len(marked[span.start : span.end])
-    pieces: list[str] = []
-    inside = False
-    for character, is_marked in zip(text.plain, marked, strict=True):
-        if is_marked != inside:
-            pieces.append("⟦" if is_marked else "⟧")
-            inside = is_marked
-        pieces.append(character)
-    return "".join(pieces) + ("⟧" if inside else "")
 
 
 def size(n_bytes: float) -> str:

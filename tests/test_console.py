@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.text import Text
 
-from fastpt.console import LOG_LINES, Console, bracketed, duration, size
+from fastpt.console import LOG_LINES, Console, duration, size
 
 
 class Screen(io.StringIO):
@@ -146,21 +146,13 @@ def test_foreign_text_is_printed_as_it_is_and_cannot_steer_the_terminal():
     assert "\x1b]0" not in screen.getvalue()
 
 
-def test_sample_marks_trained_text_with_and_without_colour():
-    sample = Text("user: hi\nassistant: ").append("hello\x1b", style="bold green").append(" end")
-    log = io.StringIO()
+def test_sample_keeps_its_marks():
+    sample = Text("user: hi\nassistant: ").append("⟦hello\x1b⟧", style="bold green").append(" end")
+    log, screen = io.StringIO(), Screen()
     Console(file=log).show_sample(sample, "first example")
     assert log.getvalue() == "first example\nuser: hi\nassistant: ⟦hello␛⟧ end\n"
-    screen = Screen()
     Console(file=screen).show_sample(sample, "first example")
-    assert "⟦" not in screen.getvalue()
-    assert "\x1b[1;32mhello" in screen.getvalue()
-
-
-def test_bracketed_joins_neighbours_and_closes_at_the_end():
-    text = Text.assemble("a", ("b", "red"), ("c", "green"))
-    assert bracketed(text) == "a⟦bc⟧"
-    assert bracketed(Text("plain")) == "plain"
+    assert "\x1b[1;32m⟦hello␛⟧\x1b[0m end" in screen.getvalue()
 
 
 def test_evaluation_and_table():
