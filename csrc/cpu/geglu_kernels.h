@@ -6,11 +6,13 @@ struct Gelu {
   float slope;  // gelu'(x)
 };
 
-// s = (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x³): no cancellation in the negative tail.
+// s = (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x³). s and 1 - s both come without cancellation:
+// the slope multiplies their product by up to 30.
 FASTPT_INLINE Gelu gelu_tanh(float x) {
   constexpr float kRate = 1.5957691216057308f, kCubic = 0.044715f;  // kRate = 2 sqrt(2 / pi)
-  const float square = x * x, s = sigmoid_f(kRate * x * (1.0f + kCubic * square));
-  return {s, s + x * s * (1.0f - s) * kRate * (1.0f + 3.0f * kCubic * square)};
+  const float square = x * x, e = exp_f(-std::abs(kRate * x * (1.0f + kCubic * square)));
+  const float larger = 1.0f / (1.0f + e), smaller = e * larger, s = x < 0.0f ? smaller : larger;
+  return {s, s + x * larger * smaller * kRate * (1.0f + 3.0f * kCubic * square)};
 }
 
 // s = the normal distribution function. Its upper tail at a = |x| is exp(-a² / 2) P(1 / (1 + 0.3 a)); P is a weighted
