@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from fastpt.errors import ConfigError
 
@@ -53,6 +53,19 @@ class DataConfig(Node):
     def _from_object(cls, value: Any) -> Any:
         is_tree = isinstance(value, dict) and set(value) <= set(cls.model_fields)
         return value if value is None or isinstance(value, cls) or is_tree else {"path": value}
+
+    @field_serializer("path")
+    def _rows_as_count(self, value: Any) -> Any:
+        """Rows given as objects stand as their number: records and trackers of a run are no place for its data."""
+        if isinstance(value, dict):  # a part of a mixture
+            return {key: self._rows_as_count(item) for key, item in value.items()}
+        if not isinstance(value, (list, tuple)):
+            return value
+        named = (
+            {"path", "rows"} & part.keys() if isinstance(part, dict) else isinstance(part, (str, Path))
+            for part in value
+        )
+        return [self._rows_as_count(part) for part in value] if all(named) else f"<{len(value)} rows>"
 
 
 class MethodConfig(Node):

@@ -113,3 +113,17 @@ def test_resolved_tree_is_json_and_lists_every_setting():
     made = build({**MINIMAL, "optim": lambda groups: None})
     assert json.loads(config.to_json(made))["optim"]["name"].startswith("<")
     assert config.settings_table().row_count > 40
+
+
+def test_rows_given_as_objects_are_not_copied_into_the_records_of_a_run():
+    def path_of(data):
+        return json.loads(config.to_json(config.build({"model": "m", "data": data})))["data"]["path"]
+
+    rows = [{"prompt": "secret", "completion": "secret"}] * 3
+    assert path_of(rows) == "<3 rows>"
+    assert path_of([{"path": "a.jsonl", "weight": 2}, {"rows": rows}]) == [
+        {"path": "a.jsonl", "weight": 2},
+        {"rows": "<3 rows>"},
+    ]
+    assert path_of(["a.jsonl", "b.jsonl"]) == ["a.jsonl", "b.jsonl"]
+    assert path_of("a.jsonl") == "a.jsonl"
