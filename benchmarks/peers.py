@@ -219,7 +219,7 @@ class TrlFused(Trl):
 
 
 class Fastpt(Peer):
-    """fastpt's own trainer with its defaults."""
+    """fastpt.train with its defaults."""
 
     def build(self) -> None:
         import fastpt.trainer  # noqa: F401
@@ -228,7 +228,44 @@ class Fastpt(Peer):
         self.model = load_model(self.job, dtype, torch.float32)
 
     def train(self, after_step: AfterStep) -> None:
-        raise NotImplementedError("wired once fastpt.trainer exists")
+        import fastpt
+
+        class Report:
+            def on_step(self, trainer: Any, record: dict[str, Any]) -> None:
+                after_step(record["loss"], record["tokens"])
+
+        with tempfile.TemporaryDirectory() as folder:
+            fastpt.train(
+                model=self.model,
+                data={"path": [row._asdict() for row in self.job.rows], "shuffle": False},
+                objective=_tokenised_sft(),
+                method="full" if self.job.adapter is None else "lora",
+                batch_rows=self.job.batch_rows,
+                max_length=max(len(row.input_ids) for row in self.job.rows),
+                optim={"lr": self.job.lr, "schedule": "constant", "warmup": 0},
+                precision="fp32" if self.job.is_fp32 else "auto",
+                output=f"{folder}/run",
+                callbacks=[Report()],
+                quiet=True,
+            )
+
+
+def _tokenised_sft() -> Any:
+    """fastpt's SFT on rows that are tokens already, as TRL gets them."""
+    import numpy as np
+
+    from fastpt.data.render import Example
+    from fastpt.objectives.sft import SFT
+
+    class TokenisedSFT(SFT):
+        def bind(self, tokenizer: Any, rows: Any, columns: Any) -> Any:
+            def prepare(row: dict[str, Any], place: str) -> list[Example]:
+                ids, trained = np.array(row["input_ids"], np.int32), np.array(row["completion_mask"], bool)
+                return [Example(ids, trained, None, place)]
+
+            return prepare
+
+    return TokenisedSFT()
 
 
 PEERS: dict[str, type[Peer]] = {

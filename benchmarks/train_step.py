@@ -65,7 +65,7 @@ class Contestant:
         with suppress(ConnectionError):
             self._connection.send("stop")
         self._process.join(timeout=10)
-        self._process.terminate()
+        self._process.kill()
         self._process.join()
 
     def _receive(self, order: str | None = None) -> dict[str, Any] | None:
