@@ -6,10 +6,12 @@ calls `after_step(loss, tokens)` after each. AdamW, a fixed learning rate, no we
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
@@ -139,6 +141,11 @@ class Compiled(HandWritten):
 
     is_compiled = True
 
+    @classmethod
+    def missing(cls) -> str | None:
+        compilers = [os.environ.get("CXX", "c++"), "g++", "clang++"]
+        return None if any(map(which, compilers)) else "torch.compile needs a C++ compiler: install g++, or set CXX"
+
 
 class Trl(Peer):
     """TRL's SFTTrainer with its defaults (fp32 weights under bf16 autocast), but for its checkpointing, which is off."""
@@ -162,7 +169,7 @@ class Trl(Peer):
         if self.is_fused:
             import fastpt
 
-            fastpt.fuse(self.model)
+            self.handle = fastpt.fuse(self.model)
         with tempfile.TemporaryDirectory() as folder:
             config = SFTConfig(
                 output_dir=folder, use_cpu=device() == "cpu", bf16=not self.job.is_fp32,
@@ -223,8 +230,10 @@ class Fastpt(Peer):
 
     def build(self) -> None:
         import fastpt.trainer  # noqa: F401
+        from fastpt.models import choose_precision
 
-        dtype = torch.float32 if self.job.is_fp32 else torch.bfloat16
+        self.precision = "fp32" if self.job.is_fp32 else "auto"
+        dtype, _ = choose_precision(self.precision, torch.device(device()))
         self.model = load_model(self.job, dtype, torch.float32)
 
     def train(self, after_step: AfterStep) -> None:
@@ -243,7 +252,7 @@ class Fastpt(Peer):
                 batch_rows=self.job.batch_rows,
                 max_length=max(len(row.input_ids) for row in self.job.rows),
                 optim={"lr": self.job.lr, "schedule": "constant", "warmup": 0},
-                precision="fp32" if self.job.is_fp32 else "auto",
+                precision=self.precision,
                 output=f"{folder}/run",
                 callbacks=[Report()],
                 quiet=True,

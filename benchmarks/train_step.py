@@ -86,7 +86,7 @@ class Contestant:
         found: dict[str, Any] = {"peer": self.name, "skipped": self.absence, "failed": self.failure}
         found = {key: value for key, value in found.items() if value is not None}
         if not self.rounds:
-            return found
+            return found if len(found) > 1 else {**found, "skipped": "stopped before its first round"}
         timed = [steps[1:] for steps in self.rounds]
         rates = [sum(step.tokens for step in steps) / sum(step.seconds for step in steps) for steps in timed]
         return {

@@ -2,6 +2,7 @@
 
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from benchmarks import harness, rows, toy, train_step
 from benchmarks.peers import PEERS, HandWritten, Job, Trl, save_adapter
 from fastpt.errors import DataError
 
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="needs trl: pip install trl")
 KEYS = {
     "peer", "work", "mode", "tokens_per_s", "step_s", "peak_bytes", "weights_bytes", "peak_above_weights_bytes",
     "losses", "versions", "machine",
@@ -41,6 +43,7 @@ def losses_of(peer_class, job):
     return losses
 
 
+@needs_trl
 def test_toy_run_writes_one_line_per_peer(tmp_path, monkeypatch):
     monkeypatch.setattr(PEERS["trl-ckpt"], "missing", classmethod(lambda cls: "needs trl: pip install trl"))
     names = [name for name in PEERS if name != "hf-compile"]  # half a minute of compiling
@@ -63,6 +66,7 @@ def test_a_peer_that_fails_is_reported_with_its_reason():
     assert "/nowhere/model" in record["failed"]
 
 
+@needs_trl
 @pytest.mark.parametrize("work", ["packed", "gsm8k"])
 def test_hand_written_loop_and_trl_have_equal_losses_in_fp32(folder, tokenizer, work):
     examples = rows.load(work, tokenizer, folder / "data.jsonl", count=12, length=48)
