@@ -121,9 +121,9 @@ class Trainer:
         self.console.say(
             f"{config.method.name}: {trained:,} of {total:,} parameters trained, on {self.device} in {self.dtype} ({reason})"
         )
+        self.output.mkdir(parents=True, exist_ok=True)
         if config.resume:
             self._resume()
-        self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "config.json").write_text(to_json(config))
 
     def _prepare_data(self, rows: Any, eval_rows: Any) -> None:

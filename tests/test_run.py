@@ -25,7 +25,13 @@ def _logits(model, tokenizer, text=PROBE):
 
 
 @pytest.mark.parametrize(
-    "method", [{"name": "lora", "rank": 4}, "dora", {"name": "lora", "rank_pattern": {"q_proj": 2}, "rslora": True}]
+    "method",
+    [
+        {"name": "lora", "rank": 4},
+        "dora",
+        {"name": "lora", "init": "pissa"},
+        {"name": "lora", "rank_pattern": {"q_proj": 2}, "rslora": True},
+    ],
 )
 def test_peft_loads_what_fastpt_saved(tmp_path, base, method):
     from peft import PeftModel

@@ -37,8 +37,9 @@ def reference(
         w = row_weight[start : start + len(rows)]
         start += len(rows)
         logprob, _, lse, mean_logit, _ = row_statistics(z, y, class_weight)
-        spread = column_weight.mean() * lse - mean_logit
-        loss += share * (z_loss * lse**2 - (1 - label_smoothing) * w * logprob + label_smoothing * spread).sum()
+        loss += share * ((label_smoothing - 1) * w * logprob + z_loss * lse**2).sum()
+        if label_smoothing > 0:  # only then, for a mean with -inf in it
+            loss += share * label_smoothing * (column_weight.mean() * lse - mean_logit).sum()
         if any(wants):
             of_p = (1 - label_smoothing) * w + label_smoothing * column_weight.mean() + 2 * z_loss * lse
             dz = (z - lse[:, None]).exp_().mul_(of_p[:, None]).sub_(smoothing * column_weight)
@@ -58,7 +59,7 @@ def _cost(hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_wei
 
 
 _forward = register(
-    f"linear_cross_entropy({SCHEMA}, float label_smoothing, float z_loss, bool is_mean, bool[] wants) "
+    f"linear_cross_entropy({SCHEMA}, float label_smoothing, float z_loss, bool is_mean, bool[5] wants) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
@@ -121,9 +122,11 @@ def linear_cross_entropy(
             softcap=softcap, logit_scale=logit_scale, lora_a=lora_a, lora_b=lora_b, lora_scale=lora_scale,
         )  # fmt: skip
         row_weight = 1.0 if class_weight is None else class_weight[targets.clamp(min=0)]
-        mean_weight = 1.0 if class_weight is None else class_weight.mean()
-        smooth = label_smoothing * (mean_weight * lse - mean_logit)
-        return (label_smoothing - 1) * row_weight * logprob + smooth + z_loss * lse**2
+        loss = (label_smoothing - 1) * row_weight * logprob + z_loss * lse**2
+        if label_smoothing > 0:
+            mean_weight = 1.0 if class_weight is None else class_weight.mean()
+            loss = loss + label_smoothing * (mean_weight * lse - mean_logit)
+        return loss
     inputs = hidden, weight, bias, low_rank_hidden(hidden, lora_a, lora_scale), lora_b
     wants = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     options = class_weight, softcap, logit_scale, label_smoothing, z_loss, reduction == "mean"

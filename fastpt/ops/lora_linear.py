@@ -119,7 +119,7 @@ _forward = register(
 )
 _backward = register(
     "lora_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor xa, float scale, "
-    "float dropout_p, int? seed, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float dropout_p, int? seed, bool[5] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=_fake_backward,
     cost=_cost_backward,

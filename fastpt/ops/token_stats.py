@@ -95,7 +95,7 @@ _forward = register(
 )
 _backward = register(
     "token_stats_backward(Tensor dlogprob, Tensor dentropy, Tensor dlogsumexp, Tensor dmean_logit, Tensor entropy, "
-    f"Tensor logsumexp, {SCHEMA}, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor logsumexp, {SCHEMA}, bool[5] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=_fake_backward,
     cost=_cost_backward,
