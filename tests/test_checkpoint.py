@@ -140,7 +140,7 @@ KILLED = """
         print(boundary, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
-BOUNDARIES = range(1, 30, 2)
+BOUNDARIES = (*range(1, 36, 4), 500)
 
 
 @pytest.fixture(scope="module")
