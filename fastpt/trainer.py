@@ -21,6 +21,7 @@ from fastpt.config import Config, build, to_json
 from fastpt.console import Console
 from fastpt.data.batches import collate
 from fastpt.data.feed import Step, micro_batches
+from fastpt.data.render import show_example
 from fastpt.errors import CheckpointError, ConfigError, TrainingError
 from fastpt.forensics import non_finite_rows
 from fastpt.fusion import fuse
@@ -134,6 +135,9 @@ class Trainer:
             self.eval_data = examples_of(eval_rows, config.eval_data, *common)
         self.feed = make_feed(rows, config, self.micro_tokens, *common)
         self._steps = iter(self.feed)
+        self.console.show_sample(
+            show_example(self.feed.sample(), self.tokenizer), "first example, trained tokens marked"
+        )
         self.total_steps = config.max_steps or max(1, math.ceil(self.feed.steps_per_epoch * config.epochs))
 
     # ---- the loop ---------------------------------------------------------------------------------------------------

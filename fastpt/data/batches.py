@@ -82,7 +82,7 @@ class StreamPlanner:
     """Steps of micro-batches from a stream, packed within windows of rows; the cursor resumes between two steps.
 
     What does not fill the last step of a window is carried into the next one, so that all steps but the last are full.
-    `state()` after a step, given back as `state=`, goes on with the very next step.
+    `state()` after a step, given back to `seek`, goes on with the very next step.
     """
 
     def __init__(
@@ -97,7 +97,6 @@ class StreamPlanner:
         micro_tokens: int,
         seed: int,
         window_rows: int = 2048,
-        state: dict[str, Any] | None = None,
     ):
         check_policy(max_length, too_long)
         self._rows, self._prepare = rows, prepare
@@ -109,11 +108,19 @@ class StreamPlanner:
         }
         self._seed, self._window_rows = seed, window_rows
         self.report = LengthReport()
-        self._state = state or {"epoch": 0, "window": 0, "row": 0, "carried": [], "step": 0}
+        self._state: dict[str, Any] = {"epoch": 0, "window": 0, "row": 0, "carried": [], "step": 0}
 
     def state(self) -> dict[str, Any]:
         """The cursor, plain enough for JSON."""
         return dict(self._state)
+
+    def seek(self, state: dict[str, Any]) -> None:
+        """Go on, with the next iteration, where `state()` was taken."""
+        self._state = dict(state)
+
+    def first_example(self) -> Example:
+        """The first example of the stream, for looking at; the cursor stays."""
+        return next(example for row, place in self._rows for example in self._prepare(row, place))
 
     def __iter__(self) -> Iterator[list[list[Example]]]:
         """Steps of one epoch; iterating again goes on with the next epoch."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import output_capturing
 
 from fastpt.fusion.layout import Layout, attention_mask
 from fastpt.ops import attention
@@ -24,11 +25,12 @@ NAME = "fastpt"
 
 # What models pass through **kwargs that says nothing about which token sees which; anything else set sends the call
 # to transformers' own path.
-HARMLESS = frozenset(
-    "position_ids use_cache cache_position output_attentions output_hidden_states return_dict num_items_in_batch is_causal"
-    " sliding_window cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k encoder_hidden_states logits_to_keep"
-    " output_router_logits shift_labels token_type_ids layer_idx past_key_values".split()
-)
+HARMLESS = {
+    *("position_ids", "use_cache", "cache_position", "past_key_values", "encoder_hidden_states", "token_type_ids"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "sliding_window", "is_causal", "layer_idx"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
+    *("num_items_in_batch", "shift_labels"),
+}
 
 _recorded: ContextVar[list[dict[str, Any]] | None] = ContextVar("recorded attention calls", default=None)
 
@@ -76,7 +78,8 @@ def attention_forward(
     """The entry of transformers' attention table."""
     extra = {name: value for name, value in kwargs.items() if value is not None and name not in HARMLESS}
     if (calls := _recorded.get()) is not None:
-        calls.append({"scaling": scaling, "softcap": softcap, "extra": sorted(extra)})
+        calls.append({"scaling": scaling, "softcap": softcap, "dropout": dropout, "extra": sorted(extra)})
+        dropout = 0.0
     layout = attention_mask
     if isinstance(layout, Layout):
         layout = layout.given(kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
@@ -89,7 +92,10 @@ def attention_forward(
 
 
 def asks_for_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether the caller wants the attention weights, by keyword or by config."""
+    """Whether the caller wants the attention weights: by keyword, by config, or through transformers' recorder."""
+    collector = output_capturing._active_collector.get()
+    if collector and any("attentions" in key for key in collector):
+        return True
     asked = kwargs.get("output_attentions")
     return bool(getattr(getattr(module, "config", None), "output_attentions", False) if asked is None else asked)
 
@@ -129,7 +135,7 @@ def _as_transformers_does(
     if mask is None and query.shape[2] > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = seen.tril(key.shape[2] - query.shape[2])[None, None]
-    if mask is not None and mask.dtype == torch.bool:
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     if softcap is not None:
         kwargs = {**kwargs, "softcap": softcap}

@@ -130,7 +130,11 @@ class NormRecipe:
     casts_first: bool
 
     def read(self, parent: nn.Module, dtype: torch.dtype) -> Norm:
-        module = part(parent, self.name, self.kind)
+        """The norm as it is now, for activations of `dtype`."""
+        return self.of(part(parent, self.name, self.kind), dtype)
+
+    def of(self, module: nn.Module, dtype: torch.dtype) -> Norm:
+        """The same for the module itself."""
         weight: Any = module.weight
         if weight.dtype != dtype and not torch.is_autocast_enabled(weight.device.type):
             raise NotFusable(f"{self.name} holds {weight.dtype} weights under {dtype} activations")

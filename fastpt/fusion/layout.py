@@ -96,6 +96,10 @@ class Layout:
             seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
         return seen if self.padding is None else seen & self.padding[:, None, None, :]
 
+    def contiguous(self) -> Tensor:
+        """The dense mask: what generate() calls on the masks that it makes in advance for static caches."""
+        return self.dense
+
 
 class _Pattern(NamedTuple):
     causal: bool = False

@@ -73,7 +73,10 @@ def stream(jsonl):
 
 def planner(stream, state=None, **options):
     options = {"batch_rows": None, "batch_tokens": 48, "micro_tokens": 24, "too_long": "error"} | options
-    return StreamPlanner(stream, prepare, max_length=16, seed=0, window_rows=16, state=state, **options)
+    made = StreamPlanner(stream, prepare, max_length=16, seed=0, window_rows=16, **options)
+    if state is not None:
+        made.seek(state)
+    return made
 
 
 def steps_of(planned):
