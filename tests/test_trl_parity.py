@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.peers import Fastpt, HandWritten, Job, Trl, save_adapter
+from benchmarks.peers import Fastpt, HandWritten, Job, Trl, TrlFused, save_adapter
 from benchmarks.rows import Row
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -58,6 +58,11 @@ def test_losses_equal_those_of_trl_in_fp32(job_of, family, has_adapter):
     ours, theirs = losses_of(Fastpt, job), losses_of(Trl, job)
     assert (ours - theirs).abs().max() <= 1e-4
     assert ours[-1] < ours[0] - 0.2  # both learned something
+
+
+def test_losses_of_trl_stay_the_same_on_a_fused_model(job_of):
+    job = job_of("llama")
+    assert (losses_of(TrlFused, job) - losses_of(Trl, job)).abs().max() <= 1e-4
 
 
 def test_bf16_losses_are_within_the_spread_of_eager_bf16(job_of):
