@@ -64,7 +64,7 @@ class Contestant:
             return
         with suppress(ConnectionError):
             self._connection.send("stop")
-        self._process.join(timeout=10)
+        self._process.join(timeout=3)
         self._process.kill()
         self._process.join()
 
