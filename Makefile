@@ -6,7 +6,6 @@ SHELL := bash
 VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-CPU_ONLY := $(if $(shell command -v nvidia-smi),,cpu)
 STAMP := $(VENV)/.fastpt-installed
 MODEL := .cache/smollm2
 SOURCES := $(shell find csrc -type f)

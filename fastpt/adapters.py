@@ -93,8 +93,8 @@ class MergeReport:
 
     def __str__(self) -> str:
         return (
-            f"merged and adapter model agree on {100 * self.top1:.1f} % of the most likely tokens; KL {self.kl:.1e} nats a token, "
-            f"largest logit difference {self.max_logit_difference:.1e}, over {self.probe_tokens} tokens"
+            f"merged and adapter model agree on {100 * self.top1:.1f} % of the most likely tokens; "
+            f"KL {self.kl:.1e} nats a token, largest logit difference {self.max_logit_difference:.1e}, over {self.probe_tokens} tokens"
         )
 
 
@@ -132,7 +132,7 @@ def _logits(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
 
 
 def _compare(expected: torch.Tensor, merged: torch.Tensor) -> MergeReport:
-    log_p, log_q = expected.log_softmax(-1), merged.log_softmax(-1)
+    log_p, log_q = expected.double().log_softmax(-1), merged.double().log_softmax(-1)
     return MergeReport(
         probe_tokens=expected.shape[0],
         max_logit_difference=(expected - merged).abs().max().item(),

@@ -175,7 +175,7 @@ def _restore_optimizer(
 
 
 def _rng_tensors() -> dict[str, torch.Tensor]:
-    numpy_state = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64))}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
@@ -183,7 +183,7 @@ def _rng_tensors() -> dict[str, torch.Tensor]:
 
 
 def _python_rng() -> dict[str, Any]:
-    numpy_state = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)
     return {"python": random.getstate(), "numpy": [str(numpy_state[0]), *(float(x) for x in numpy_state[2:])]}
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 
 from fastpt.errors import ConfigError
 
@@ -52,6 +53,19 @@ class DataConfig(Node):
     def _from_object(cls, value: Any) -> Any:
         is_tree = isinstance(value, dict) and set(value) <= set(cls.model_fields)
         return value if value is None or isinstance(value, cls) or is_tree else {"path": value}
+
+    @field_serializer("path")
+    def _rows_as_count(self, value: Any) -> Any:
+        """Rows given as objects stand as their number: records and trackers of a run are no place for its data."""
+        if isinstance(value, dict):  # a part of a mixture
+            return {key: self._rows_as_count(item) for key, item in value.items()}
+        if not isinstance(value, (list, tuple)):
+            return value
+        named = (
+            {"path", "rows"} & part.keys() if isinstance(part, dict) else isinstance(part, (str, Path))
+            for part in value
+        )
+        return [self._rows_as_count(part) for part in value] if all(named) else f"<{len(value)} rows>"
 
 
 class MethodConfig(Node):
@@ -111,7 +125,7 @@ class Config(Node):
     model: Any = Field(description="hub id, local directory, GGUF file, run folder, PEFT adapter, or nn.Module")
     data: DataConfig = Field(description="training rows")
     objective: Any = Field("sft", description="name or settings of an objective, or an object of your own")
-    method: MethodConfig = Field(default_factory=MethodConfig)
+    method: MethodConfig = Field(default_factory=lambda: MethodConfig())
     eval_data: DataConfig | None = None
     output: Path = Field(Path("runs/last"), description="folder of the run")
     seed: int = 0
@@ -132,7 +146,7 @@ class Config(Node):
         None, ge=1, description="most tokens in the model at once (default: 2048, or max_length)"
     )
 
-    optim: OptimConfig = Field(default_factory=OptimConfig)
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
     gradient_checkpointing: bool = False
 
     logging_steps: int = Field(1, ge=1)
@@ -235,9 +249,9 @@ def _plain(value: Any) -> Any:
 
 
 def _toml(text: str) -> dict[str, Any]:
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ModuleNotFoundError:  # Python 3.10
+    else:
         import tomli as tomllib
     return tomllib.loads(text)
 

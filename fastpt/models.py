@@ -62,7 +62,9 @@ def load(
     """
     if isinstance(spec, nn.Module):
         name = getattr(getattr(spec, "config", None), "_name_or_path", None) or None
-        return Loaded(spec.to(device), load_tokenizer(tokenizer or name, trust_remote_code), None)
+        found = load_tokenizer(tokenizer or name, trust_remote_code)
+        check_vocabulary(spec, found)
+        return Loaded(spec.to(device), found, None)
     if not isinstance(spec, (str, Path)):
         raise ModelError(f"model is a {type(spec).__name__}; give a hub id, a path or an nn.Module")
     place = resolve(spec)

@@ -8,10 +8,13 @@ from typing import Any
 
 from fastpt.checkpoint import newest
 from fastpt.config import Config, DataConfig
-from fastpt.data.render import ensure_chat_template
-from fastpt.data.sources import load_rows
-from fastpt.data.tokenised import Tokenised, tokenise, tokenizer_fingerprint
-from fastpt.objectives.base import Objective
+from fastpt.data.batches import StreamPlanner
+from fastpt.data.feed import PlannedFeed, StreamFeed
+from fastpt.data.render import ensure_chat_template, tokenizer_fingerprint
+from fastpt.data.sources import StreamedRows, load_rows
+from fastpt.data.tokenised import Tokenised, tokenise
+from fastpt.errors import ConfigError
+from fastpt.objectives.base import Objective, Prepare
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -52,19 +55,57 @@ def examples_of(
     rows: Any, data: DataConfig, objective: Objective, tokenizer: Any, max_length: int, say: Callable[[str], None]
 ) -> Tokenised:
     """Tokenise rows by the objective's own preparation, through the cache."""
+    if isinstance(rows, StreamedRows):
+        raise ConfigError("eval_data cannot be streaming, because every evaluation must see the same rows")
+    prepare = _preparer(rows, data, objective, tokenizer, say)
+    is_ours = type(objective).__module__.startswith("fastpt.")  # of another's code no key can tell when it changes
+    key = f"{tokenizer_fingerprint(tokenizer)} {objective!r} {data.columns!r}" if is_ours else None
+    found = tokenise(
+        rows,
+        prepare,
+        max_length=max_length,
+        too_long=_policy(data, objective),
+        cache_key=key,
+        cache_dir=Path("~/.cache/fastpt/tokenised").expanduser(),
+    )
+    say(f"{rows.name}: {found.report}" + (" (from the cache)" if found.from_cache else ""))
+    return found
+
+
+def make_feed(
+    rows: Any,
+    config: Config,
+    micro_tokens: int,
+    objective: Objective,
+    tokenizer: Any,
+    max_length: int,
+    say: Callable[[str], None],
+) -> PlannedFeed | StreamFeed:
+    """The steps of a run over its training rows."""
+    data = config.data
+    batch = {"batch_rows": config.batch_rows, "batch_tokens": config.batch_tokens, "micro_tokens": micro_tokens}
+    if not isinstance(rows, StreamedRows):
+        examples = examples_of(rows, data, objective, tokenizer, max_length, say)
+        return PlannedFeed(examples, rows.fingerprint, **batch, seed=config.seed, shuffle=data.shuffle)
+    prepare = _preparer(rows, data, objective, tokenizer, say)
+    planner = StreamPlanner(
+        rows,
+        prepare,
+        max_length=max_length,
+        too_long=_policy(data, objective),
+        window_rows=data.window_rows,
+        seed=config.seed,
+        **batch,
+    )
+    return StreamFeed(planner, rows.fingerprint, **batch, seed=config.seed, window_rows=data.window_rows)
+
+
+def _preparer(rows: Any, data: DataConfig, objective: Objective, tokenizer: Any, say: Callable[[str], None]) -> Prepare:
     template = ensure_chat_template(tokenizer)
     if template:
         say(template)
-    prepare = objective.bind(tokenizer, rows, max_length, data.columns)
-    key = (
-        f"{tokenizer_fingerprint(tokenizer)} {objective!r} {data.columns!r}"
-        if hasattr(objective, "model_fields")
-        else None
-    )
-    return tokenise(
-        rows, prepare, max_length=max_length, too_long=data.too_long, cache_key=key, cache_dir=_cache_folder()
-    )
+    return objective.bind(tokenizer, rows, data.columns)
 
 
-def _cache_folder() -> Path:
-    return Path("~/.cache/fastpt/tokenised").expanduser()
+def _policy(data: DataConfig, objective: Objective) -> str:
+    return "split" if objective.splits_long_rows else data.too_long

@@ -21,6 +21,7 @@ from fastpt.config import Config, build, to_json
 from fastpt.console import Console
 from fastpt.data.batches import collate
 from fastpt.data.feed import Step, micro_batches
+from fastpt.data.render import show_example
 from fastpt.errors import CheckpointError, ConfigError, TrainingError
 from fastpt.forensics import non_finite_rows
 from fastpt.fusion import fuse
@@ -121,9 +122,9 @@ class Trainer:
         self.console.say(
             f"{config.method.name}: {trained:,} of {total:,} parameters trained, on {self.device} in {self.dtype} ({reason})"
         )
+        self.output.mkdir(parents=True, exist_ok=True)
         if config.resume:
             self._resume()
-        self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "config.json").write_text(to_json(config))
 
     def _prepare_data(self, rows: Any, eval_rows: Any) -> None:
@@ -134,6 +135,9 @@ class Trainer:
             self.eval_data = examples_of(eval_rows, config.eval_data, *common)
         self.feed = make_feed(rows, config, self.micro_tokens, *common)
         self._steps = iter(self.feed)
+        self.console.show_sample(
+            show_example(self.feed.sample(), self.tokenizer), "first example, trained tokens marked"
+        )
         self.total_steps = config.max_steps or max(1, math.ceil(self.feed.steps_per_epoch * config.epochs))
 
     # ---- the loop ---------------------------------------------------------------------------------------------------

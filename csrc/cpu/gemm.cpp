@@ -46,6 +46,15 @@ void pack_vnni_transposed(int64_t K, int64_t N, int64_t ldbt, int64_t ldp, const
   FASTPT_BY_ISA(vnni_transposed)(K, N, ldbt, ldp, Bt, packed);
 }
 
+void transpose(int64_t rows, int64_t columns, int64_t in_stride, int64_t out_stride, const float* in, float* out) {
+  FASTPT_BY_ISA(transpose_float)(rows, columns, in_stride, out_stride, in, out);
+}
+
+void transpose(int64_t rows, int64_t columns, int64_t in_stride, int64_t out_stride, const c10::BFloat16* in,
+               c10::BFloat16* out) {
+  FASTPT_BY_ISA(transpose_bf16)(rows, columns, in_stride, out_stride, in, out);
+}
+
 const char* gemm_backend(bool) {
   return has_brgemm() ? "brgemm" : "loops";
 }

@@ -26,6 +26,11 @@ void pack_vnni(int64_t K, int64_t N, int64_t ldb, int64_t ldp, const c10::BFloat
 void pack_vnni_transposed(int64_t K, int64_t N, int64_t ldbt, int64_t ldp, const c10::BFloat16* Bt,
                           c10::BFloat16* packed);
 
+// out[c, r] = in[r, c] for row-major in [rows, columns]; strides in elements.
+void transpose(int64_t rows, int64_t columns, int64_t in_stride, int64_t out_stride, const float* in, float* out);
+void transpose(int64_t rows, int64_t columns, int64_t in_stride, int64_t out_stride, const c10::BFloat16* in,
+               c10::BFloat16* out);
+
 // "brgemm" or "loops": what gemm_tile runs on for this dtype in this process.
 const char* gemm_backend(bool is_bf16);
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
+from fastpt.data.batches import StreamPlanner
 from fastpt.data.pack import plan_epoch
 from fastpt.data.render import Example
 from fastpt.data.tokenised import Tokenised
@@ -15,22 +17,9 @@ Step = list[list[Example]]  # micro-batches of one optimizer step
 class PlannedFeed:
     """Steps over a tokenised set, epoch after epoch, each in its own seeded order; the position is (epoch, step)."""
 
-    def __init__(
-        self, data: Tokenised, *, batch_rows: int | None, batch_tokens: int, micro_tokens: int, seed: int, shuffle: bool
-    ):
-        self.data = data
-        self.settings: dict[str, Any] = {
-            "batch_rows": batch_rows,
-            "batch_tokens": batch_tokens,
-            "micro_tokens": micro_tokens,
-            "seed": seed,
-            "shuffle": shuffle,
-        }
-        self.epoch, self.step = 0, 0
-        self._plan = self._plan_of(0)
-
-    def _plan_of(self, epoch: int) -> list[list[list[int]]]:
-        return plan_epoch(self.data.lengths, epoch=epoch, **self.settings)
+    def __init__(self, data: Tokenised, fingerprint: str, **settings: Any):
+        self.data, self.fingerprint, self.settings = data, fingerprint, settings
+        self.seek({"epoch": 0, "step": 0})
 
     @property
     def steps_per_epoch(self) -> int:
@@ -39,36 +28,66 @@ class PlannedFeed:
     @property
     def progress(self) -> float:
         """Epochs done, with the fraction of the one under way."""
-        return self.epoch + self.step / max(1, len(self._plan))
+        return self._epoch + self._step / len(self._plan)
+
+    @property
+    def at_end_of_epoch(self) -> bool:
+        return self._step == len(self._plan)
+
+    def sample(self) -> Example:
+        return self.data.example(0)
+
+    def summary(self) -> dict[str, Any]:
+        return asdict(self.data.report)
 
     def position(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "step": self.step}
+        return {"epoch": self._epoch, "step": self._step}
 
     def seek(self, position: dict[str, Any]) -> None:
-        self.epoch, self.step = position["epoch"], position["step"]
-        self._plan = self._plan_of(self.epoch)
+        self._epoch, self._step = position["epoch"], position["step"]
+        self._plan = plan_epoch(self.data.lengths, epoch=self._epoch, mixture=self.data.mixture, **self.settings)
 
     def __iter__(self) -> Iterator[Step]:
         while True:
-            while self.step < len(self._plan):
-                micro_batches = self._plan[self.step]
-                self.step += 1
-                yield [[self.data.example(i) for i in micro_batch] for micro_batch in micro_batches]
-            self.epoch, self.step = self.epoch + 1, 0
-            self._plan = self._plan_of(self.epoch)
+            if self.at_end_of_epoch:
+                self.seek({"epoch": self._epoch + 1, "step": 0})
+            self._step += 1
+            yield [[self.data.example(i) for i in micro] for micro in self._plan[self._step - 1]]
+
+
+class StreamFeed:
+    """Steps over a stream, packed in windows; it has no known length, so a run over it ends by max_steps."""
+
+    steps_per_epoch = 0
+
+    def __init__(self, planner: StreamPlanner, fingerprint: str, **settings: Any):
+        self.planner, self.fingerprint, self.settings = planner, fingerprint, settings
+        self.at_end_of_epoch = False
+
+    @property
+    def progress(self) -> float:
+        return float(self.planner.state()["epoch"])
+
+    def sample(self) -> Example:
+        return self.planner.first_example()
+
+    def summary(self) -> dict[str, Any]:
+        return asdict(self.planner.report)
+
+    def position(self) -> dict[str, Any]:
+        return self.planner.state()
+
+    def seek(self, position: dict[str, Any]) -> None:
+        self.planner.seek(position)
+
+    def __iter__(self) -> Iterator[Step]:
+        while True:
+            yield from self.planner
 
 
 def micro_batches(data: Tokenised, micro_tokens: int) -> Iterator[list[Example]]:
     """The whole set once, packed, in order: what evaluation runs over."""
-    plan = plan_epoch(
-        data.lengths,
-        batch_rows=None,
-        batch_tokens=micro_tokens,
-        micro_tokens=micro_tokens,
-        seed=0,
-        epoch=0,
-        shuffle=False,
-    )
-    for step in plan:
-        for micro_batch in step:
-            yield [data.example(i) for i in micro_batch]
+    shape = {"batch_rows": None, "batch_tokens": micro_tokens, "micro_tokens": micro_tokens}
+    for step in plan_epoch(data.lengths, **shape, seed=0, epoch=0, shuffle=False):
+        for micro in step:
+            yield [data.example(i) for i in micro]

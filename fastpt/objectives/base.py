@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -36,9 +36,13 @@ class Objective(Node):
     change the result; metrics are sums too, and stay on the device until they are logged.
     """
 
+    splits_long_rows: ClassVar[bool] = (
+        False  # rows longer than max_length become several examples, whatever data.too_long
+    )
+
     name: str
 
-    def bind(self, tokenizer: Any, rows: Any, max_length: int, columns: dict[str, str] | None) -> Prepare:
+    def bind(self, tokenizer: Any, rows: Any, columns: dict[str, str] | None) -> Prepare:
         raise NotImplementedError
 
     def loss(self, model: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,8 +1,8 @@
-"""Continued pre-training on plain text: every token is a target, long documents are cut into pieces of max_length."""
+"""Continued pre-training on plain text: every token is a target, long documents are split into pieces of max_length."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastpt.data.formats import Text, recognise
 from fastpt.data.render import Example, render_text
@@ -14,23 +14,20 @@ from fastpt.objectives.sft import SFT
 class Pretrain(SFT):
     """Rows have a `text` field. The loss is that of supervised fine-tuning with every token trained."""
 
+    splits_long_rows: ClassVar[bool] = True
+
     name: Literal["pretrain"] = "pretrain"  # type: ignore[assignment]
 
-    def bind(self, tokenizer: Any, rows: Any, max_length: int, columns: dict[str, str] | None) -> Prepare:
-        row_format = recognise(rows, columns)
+    def bind(self, tokenizer: Any, rows: Any, columns: dict[str, str] | None) -> Prepare:
+        row_format = recognise(rows, columns=columns)
 
         def prepare(row: dict[str, Any], place: str) -> list[Example]:
             content = row_format.convert(row, place)
             if not isinstance(content, Text):
                 raise DataError(
-                    f'{place}: objective "pretrain" trains on a text field, this row is {row_format.name}; use objective "sft"'
+                    f'{place}: objective "pretrain" needs a text field, this row is {row_format.name}; use objective "sft", '
+                    'or name the column: data.columns = {text = "..."}'
                 )
-            whole = render_text(tokenizer, content.text, place)
-            return [
-                Example(
-                    whole.input_ids[start : start + max_length], whole.trained[start : start + max_length], None, place
-                )
-                for start in range(0, len(whole.input_ids), max_length)
-            ]
+            return [render_text(tokenizer, content, place)]
 
         return prepare

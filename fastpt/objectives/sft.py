@@ -20,13 +20,13 @@ class SFT(Objective):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     z_loss: float = Field(0.0, ge=0, description="weight of logsumexp squared (PaLM)")
 
-    def bind(self, tokenizer: Any, rows: Any, max_length: int, columns: dict[str, str] | None) -> Prepare:
-        row_format = recognise(rows, columns)
+    def bind(self, tokenizer: Any, rows: Any, columns: dict[str, str] | None) -> Prepare:
+        row_format = recognise(rows, columns=columns)
 
         def prepare(row: dict[str, Any], place: str):
             content = row_format.convert(row, place)
             if isinstance(content, Text):
-                return [render_text(tokenizer, content.text, place)]
+                return [render_text(tokenizer, content, place)]
             return render_conversation(tokenizer, content, place)
 
         return prepare
