@@ -22,9 +22,10 @@ struct PanelStats {
   float max, sum, sum_xe, sum_z;
 };
 
-// dz_v = p_v (of_p + of_p_log_p log p_v) + of_all + of_target [v = target], with p = e^(z - lse).
+// dz_v = p_v (of_p + of_p_log_p log p_v) + of_all + of_target [v = target], with log p = z - max - log_sum: against a
+// rounded logsumexp every p of the row would share its rounding.
 struct RowGradient {
-  float lse, of_p, of_p_log_p, of_all, of_target;
+  float max, log_sum, of_p, of_p_log_p, of_all, of_target;
   int64_t target;
 };
 
@@ -44,7 +45,7 @@ constexpr int64_t kMinRows = 128;           // below, packing the head would cos
 using OptionalTensor = std::optional<at::Tensor>;
 
 struct RowStats {
-  float logprob, entropy, lse, mean_logit;
+  float logprob, entropy, max, log_sum, mean_logit;
   bool is_top1;
 };
 
@@ -256,8 +257,11 @@ RowStats Head<T>::combine(const std::vector<PanelStats>& partial, int64_t r, flo
   }
   const double log_sum = std::log(sum);
   return {static_cast<float>(static_cast<double>(target_logit) - max - log_sum),
-          static_cast<float>(log_sum - sum_xe / sum), static_cast<float>(max + log_sum),
-          static_cast<float>(sum_z / static_cast<double>(V_)), target_logit >= max};
+          static_cast<float>(log_sum - sum_xe / sum),
+          max,
+          static_cast<float>(log_sum),
+          static_cast<float>(sum_z / static_cast<double>(V_)),
+          target_logit >= max};
 }
 
 template <typename T>
@@ -322,7 +326,7 @@ at::Tensor or_empty(const at::Tensor& tensor, const at::Tensor& like) {
   return tensor.defined() ? tensor : at::empty({0}, like.options().dtype(at::kFloat));
 }
 
-using Stats = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Stats = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Grads = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using LossAndGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
@@ -331,8 +335,9 @@ Stats token_stats(HEAD_ARGUMENTS) {
   if (!is_native_head(hidden, weight, low_hidden, class_weight)) return reference(HEAD_VALUES);
   const auto wide = hidden.options().dtype(at::kFloat);
   const int64_t T = hidden.size(0);
-  auto logprob = at::zeros({T}, wide), entropy = at::zeros({T}, wide), lse = at::zeros({T}, wide),
-       mean_logit = at::zeros({T}, wide), is_top1 = at::zeros({T}, wide.dtype(at::kBool));
+  auto logprob = at::zeros({T}, wide), entropy = at::zeros({T}, wide), max_logit = at::zeros({T}, wide),
+       log_sum = at::zeros({T}, wide), mean_logit = at::zeros({T}, wide),
+       is_top1 = at::zeros({T}, wide.dtype(at::kBool));
   by_dtype(hidden, [&]<typename T>() {
     Head<T> head("token_stats", hidden, weight, targets, kept, ignore_index, bias, softcap, logit_scale);
     head.each_chunk(false, {}, [&](int64_t rows) {
@@ -341,24 +346,25 @@ Stats token_stats(HEAD_ARGUMENTS) {
         const int64_t t = head.row(i);
         logprob.mutable_data_ptr<float>()[t] = stats[i].logprob;
         entropy.mutable_data_ptr<float>()[t] = stats[i].entropy;
-        lse.mutable_data_ptr<float>()[t] = stats[i].lse;
+        max_logit.mutable_data_ptr<float>()[t] = stats[i].max;
+        log_sum.mutable_data_ptr<float>()[t] = stats[i].log_sum;
         mean_logit.mutable_data_ptr<float>()[t] = stats[i].mean_logit;
         is_top1.mutable_data_ptr<bool>()[t] = stats[i].is_top1;
       }
     });
   });
-  return {logprob, entropy, lse, mean_logit, is_top1};
+  return {logprob, entropy, max_logit, log_sum, mean_logit, is_top1};
 }
 
 #define STATS_ARGUMENTS                                                                                    \
   const at::Tensor &dlogprob, const at::Tensor &dentropy, const at::Tensor &dlse, const at::Tensor &dmean, \
-      const at::Tensor &entropy, const at::Tensor &lse
+      const at::Tensor &entropy, const at::Tensor &max_logit, const at::Tensor &log_sum
 
 Grads token_stats_backward(STATS_ARGUMENTS, HEAD_ARGUMENTS, std::array<bool, 5> wants) {
   static const auto reference =
       reference_of<Grads(STATS_ARGUMENTS, HEAD_ARGUMENTS, std::array<bool, 5>)>("fastpt::token_stats_backward");
   if (!is_native_head(hidden, weight, low_hidden, class_weight))
-    return reference(dlogprob, dentropy, dlse, dmean, entropy, lse, HEAD_VALUES, wants);
+    return reference(dlogprob, dentropy, dlse, dmean, entropy, max_logit, log_sum, HEAD_VALUES, wants);
   Gradients out;
   const auto dlp = dlogprob.contiguous(), dh = dentropy.contiguous(), dl = dlse.contiguous(), dm = dmean.contiguous();
   const auto at = [](const at::Tensor& tensor, int64_t t) { return tensor.const_data_ptr<float>()[t]; };
@@ -369,9 +375,13 @@ Grads token_stats_backward(STATS_ARGUMENTS, HEAD_ARGUMENTS, std::array<bool, 5> 
       std::vector<RowGradient> gradient(rows);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t t = head.row(i);
-        gradient[i] = {at(lse, t), at(dl, t) - at(dlp, t) - at(dh, t) * at(entropy, t),
-                       -at(dh, t), at(dm, t) / static_cast<float>(head.classes()),
-                       at(dlp, t), head.target(i)};
+        gradient[i] = {at(max_logit, t),
+                       at(log_sum, t),
+                       at(dl, t) - at(dlp, t) - at(dh, t) * at(entropy, t),
+                       -at(dh, t),
+                       at(dm, t) / static_cast<float>(head.classes()),
+                       at(dlp, t),
+                       head.target(i)};
       }
       head.add_gradients(gradient, out);
     });
@@ -397,11 +407,12 @@ LossAndGrads linear_cross_entropy(HEAD_ARGUMENTS, double label_smoothing, double
       const auto stats = head.statistics();
       std::vector<RowGradient> gradient(rows);
       for (int64_t i = 0; i < rows; ++i) {
-        const double lse = stats[i].lse;
+        const double lse = static_cast<double>(stats[i].max) + stats[i].log_sum;
         loss -= share * (1 - label_smoothing) * stats[i].logprob;
         if (label_smoothing > 0) loss += share * label_smoothing * (lse - stats[i].mean_logit);
         if (z_loss != 0) loss += share * z_loss * lse * lse;
-        gradient[i] = {stats[i].lse,
+        gradient[i] = {stats[i].max,
+                       stats[i].log_sum,
                        static_cast<float>(share * (1 + 2 * z_loss * lse)),
                        0.0f,
                        static_cast<float>(-share * label_smoothing / static_cast<double>(head.classes())),

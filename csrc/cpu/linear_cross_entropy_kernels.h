@@ -28,7 +28,7 @@ FASTPT_INLINE float row_max(const float* z, int64_t n) {
   for (int64_t l = 0; l < kLanes; ++l) best[l] = result;
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) best[l] = std::max(z[j + l], best[l]);
+    for (int64_t l = 0; l < kLanes; ++l) best[l] = z[j + l] > best[l] ? z[j + l] : best[l];
   }
   for (; j < n; ++j) best[0] = std::max(z[j], best[0]);
   for (int64_t l = 0; l < kLanes; ++l) result = std::max(best[l], result);
@@ -42,20 +42,24 @@ FASTPT_INLINE float floored(float log_p) {
 
 void tile_statistics(int64_t rows, int64_t columns, int64_t ld, const float* z, PanelStats* out) {
   for (int64_t r = 0; r < rows; ++r, z += ld) {
-    const float max = row_max(z, columns);
+    PanelStats total{row_max(z, columns), 0.0f, 0.0f, 0.0f};
+    const float max = total.max;
     float sum[kLanes] = {}, sum_xe[kLanes] = {}, sum_z[kLanes] = {};
-    const auto add = [&](int64_t l, float logit) {
-      const float x = floored(logit - max), e = exp_f(x);
-      sum[l] += e;
-      sum_xe[l] += e * x;
-      sum_z[l] += logit;
-    };
     int64_t j = 0;
     for (; j + kLanes <= columns; j += kLanes) {
-      for (int64_t l = 0; l < kLanes; ++l) add(l, z[j + l]);
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const float x = floored(z[j + l] - max), e = exp_f(x);
+        sum[l] += e;
+        sum_xe[l] += e * x;
+        sum_z[l] += z[j + l];
+      }
     }
-    for (int64_t l = 0; j < columns; ++j, ++l) add(l, z[j]);
-    PanelStats total{max, 0.0f, 0.0f, 0.0f};
+    for (; j < columns; ++j) {
+      const float x = floored(z[j] - max), e = exp_f(x);
+      total.sum += e;
+      total.sum_xe += e * x;
+      total.sum_z += z[j];
+    }
     for (int64_t l = 0; l < kLanes; ++l) {
       total.sum += sum[l];
       total.sum_xe += sum_xe[l];
@@ -72,7 +76,7 @@ FASTPT_INLINE float logit_slope(float z, float scale, float softcap) {
 }
 
 FASTPT_INLINE float logit_gradient(float z, const RowGradient& g, float scale, float softcap) {
-  const float log_p = floored(z - g.lse);
+  const float log_p = floored(z - g.max - g.log_sum);
   const float dz = exp_f(log_p) * (g.of_p + g.of_p_log_p * log_p) + g.of_all;
   return dz * logit_slope(z, scale, softcap);
 }
