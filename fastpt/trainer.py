@@ -145,10 +145,7 @@ class Trainer:
     def run(self) -> Run:
         """Train to the end (or to a signal), evaluate, save, and return the run."""
         self.prepare()
-        listeners = self._listeners
         try:
-            for listener in listeners("on_start"):
-                listener(self)
             for _ in self.steps():
                 pass
             if self.eval_data is not None and self.status == "finished" and not self._evaluated_now:
@@ -157,12 +154,14 @@ class Trainer:
         except BaseException:
             self.console.close()
             raise
-        for listener in listeners("on_end"):
+        for listener in self._listeners("on_end"):
             listener(self, run)
         return run
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """Train, yielding one record per optimizer step; logging, evaluation and checkpoints happen on the way."""
+        for listener in self._listeners("on_start"):
+            listener(self)
         self.model.train()
         with stop_on_signals() as stop:
             while self.step < self.total_steps and not stop:
