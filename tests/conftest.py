@@ -5,6 +5,9 @@ import os
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # tiny ops: threads that spin while they wait cost more than they do
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -4,8 +4,24 @@ from fastpt.ops.adamw import adamw
 from fastpt.ops.attention import attention
 from fastpt.ops.geglu import geglu
 from fastpt.ops.layer_norm import layer_norm
+from fastpt.ops.linear_cross_entropy import linear_cross_entropy
+from fastpt.ops.lora_linear import lora_linear
 from fastpt.ops.rms_norm import add_rms_norm, rms_norm
 from fastpt.ops.rope import rope
 from fastpt.ops.swiglu import swiglu
+from fastpt.ops.token_stats import TokenStats, token_stats
 
-__all__ = ["adamw", "add_rms_norm", "attention", "geglu", "layer_norm", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "TokenStats",
+    "adamw",
+    "add_rms_norm",
+    "attention",
+    "geglu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "lora_linear",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "token_stats",
+]

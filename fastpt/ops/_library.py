@@ -73,13 +73,32 @@ def register(
     `fake` and `cost` take the op's arguments; `fake` returns empty outputs, `cost` a `Cost`.
     """
     name = LIBRARY.define(schema).split("::")[-1]
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _past_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastpt::{name}", fake, lib=LIBRARY)
     if triton is not None:
         LIBRARY.impl(name, _imported_on_first_call(triton), "CUDA")
     overload = getattr(torch.ops.fastpt, name).default
     OPS[name] = Op(name, overload, reference, cost, triton)
     return overload
+
+
+def _past_autocast(function: Callable) -> Callable:
+    """Autocast stays on inside a kernel written in Python and would change the dtypes that it chose."""
+
+    def call(*args, **kwargs):
+        with torch._C._DisableAutocast():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors as autocast hands them to a GEMM: in its dtype where it is on, else as they are."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _imported_on_first_call(target: str) -> Callable:

@@ -36,8 +36,7 @@ def reference(
         v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (v.sqrt() / correction2.sqrt().to(v.dtype)).add_(eps)
         master = masters[i] if masters else param.to(m.dtype)
-        master = master.mul_(1 - lr * weight_decay) if masters else master * (1 - lr * weight_decay)
-        master.sub_((lr / correction1).to(m.dtype) * m / denominator)
+        master.sub_(lr * weight_decay * master + (lr / correction1).to(m.dtype) * m / denominator)
         param.copy_(master)
 
 

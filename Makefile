@@ -1,0 +1,61 @@
+# `make demo` and `make test` set themselves up: a virtual environment unless one is active, the package with its C++
+# kernels. FASTPT_MODEL=DIR makes the demo use a model of your own.
+SHELL := bash
+.DEFAULT_GOAL := help
+
+VENV := $(or $(VIRTUAL_ENV),.venv)
+PYTHON := $(VENV)/bin/python
+PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+STAMP := $(VENV)/.fastpt-installed
+MODEL := .cache/smollm2
+SOURCES := $(shell find csrc -type f)
+
+.PHONY: help setup demo test check lint format types evidence bench doctor clean
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## virtual environment, dependencies, native kernels
+
+$(VENV)/bin/python:
+	python3 -m venv $(VENV)
+
+# torch first: the C++ kernels are built against it (--no-build-isolation). Without a GPU the CPU build is enough, where
+# the index in use offers one under the plain name.
+$(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES) | $(VENV)/bin/python
+	$(PIP) torch setuptools wheel ninja pybind11
+	$(PIP) --no-build-isolation -e '.[dev,gguf]'
+	@touch $@
+
+$(MODEL)/config.json: | $(STAMP)
+	$(PYTHON) examples/get_smollm2.py $(MODEL)
+
+demo: $(STAMP) $(if $(FASTPT_MODEL),,$(MODEL)/config.json) ## fine-tune a real model on the bundled task (12 minutes on 2 cores, all included)
+	$(PYTHON) examples/support_tickets/demo.py --model $(or $(FASTPT_MODEL),$(MODEL))
+
+test: $(STAMP) ## all tests
+	$(PYTHON) -m pytest -q
+
+check: lint types test ## everything that must hold before a commit
+
+lint: $(STAMP) ## ruff, clang-format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	find csrc \( -name '*.cpp' -o -name '*.h' \) -print0 | xargs -0 $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(STAMP) ## rewrite in the house style
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	find csrc \( -name '*.cpp' -o -name '*.h' \) -print0 | xargs -0 $(VENV)/bin/clang-format -i
+
+types: $(STAMP) ## mypy
+	$(PYTHON) -m mypy
+
+bench: $(STAMP) $(MODEL)/config.json ## the training step against TRL and plain loops
+	$(PYTHON) -m benchmarks.train_step --model $(MODEL) --work packed --mode lora --peers fastpt,trl,trl+fuse,hf
+
+doctor: $(STAMP) ## which kernels serve which op here, and what is missing
+	$(PYTHON) -m fastpt doctor
+
+clean: ## remove what was built, not the environment
+	rm -rf build dist *.egg-info fastpt/_C*.so .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Runs every example at toy size on a tiny random model: bash examples/run_toy.sh [python]. CI calls it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+"$python" -m tests.tiny "$scratch/model"
+toy() {
+  echo "-- $*"
+  "$python" "$@" > "$scratch/log" 2>&1 || { cat "$scratch/log"; exit 1; }
+}
+toy examples/support_tickets/demo.py --model "$scratch/model" --rows 6 --output "$scratch/demo"
+toy -m fastpt train examples/support_tickets/support_tickets.toml model="$scratch/model" max_steps=2 output="$scratch/toml"
+toy examples/pretrain_on_docs.py --model "$scratch/model" --steps 2 --output "$scratch/pretrain"
+toy examples/own_objective.py --model "$scratch/model" --steps 2 --output "$scratch/own"
+toy examples/drop_in_trl.py --model "$scratch/model" --steps 2 --output "$scratch/trl"
+toy -m fastpt merge "$scratch/toml" "$scratch/merged"
+echo "all examples ran"

@@ -1,0 +1,141 @@
+"""Which parameters are trained: LoRA and DoRA through PEFT's own config, full, freeze; and merging adapters, checked."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpt.config import MethodConfig
+from fastpt.errors import ConfigError, ModelError
+
+
+def is_adapter_model(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def apply_method(model: nn.Module, method: MethodConfig) -> nn.Module:
+    """The model with exactly the parameters of `method` trainable; adapters come in float32.
+
+    A model that carries an adapter already (continued training) keeps it.
+    Raises: ConfigError where targets, patterns or regexes match nothing.
+    """
+    if is_adapter_model(model):
+        if method.name not in ("lora", "dora"):
+            raise ConfigError(
+                f'the model carries an adapter, so method must be "lora" or "dora", not {method.name!r}; merge it first'
+            )
+        return model
+    if method.name in ("lora", "dora"):
+        return _with_adapter(model, method)
+    for parameter in model.parameters():
+        parameter.requires_grad_(method.name == "full")
+    if method.name == "freeze":
+        patterns = [re.compile(pattern) for pattern in method.train]
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in patterns:
+            if not any(pattern.search(name) for name in names):
+                raise ConfigError(
+                    f"method.train: {pattern.pattern!r} matches no parameter; there are, for example, {', '.join(names[:3])}"
+                )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(pattern.search(name) for pattern in patterns))
+    return model
+
+
+def _with_adapter(model: nn.Module, method: MethodConfig) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    alpha = method.alpha if method.alpha is not None else 2 * method.rank
+    initial: bool | str = True if method.init == "default" else method.init
+    settings: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "r": method.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": method.dropout,
+        "target_modules": method.targets,
+        "rank_pattern": method.rank_pattern,
+        "alpha_pattern": method.alpha_pattern,
+        "use_rslora": method.rslora,
+        "use_dora": method.name == "dora",
+        "init_lora_weights": initial,
+        "modules_to_save": method.modules_to_save,
+        **method.peft,
+    }
+    try:
+        return get_peft_model(model, LoraConfig(**settings))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the adapter cannot be made: {error}") from error
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trained, all) numbers of parameters."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in model.parameters())
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How well a merged model agrees with the adapter model on probe tokens.
+
+    Units: kl in nats per token (adapter model to merged), top1 as a share.
+    """
+
+    probe_tokens: int
+    max_logit_difference: float
+    kl: float
+    top1: float
+
+    def __str__(self) -> str:
+        return (
+            f"merged and adapter model agree on {100 * self.top1:.1f} % of the most likely tokens; "
+            f"KL {self.kl:.1e} nats a token, largest logit difference {self.max_logit_difference:.1e}, over {self.probe_tokens} tokens"
+        )
+
+
+def merge(model: nn.Module, tokenizer: Any, folder: str | Path, probe: torch.Tensor) -> MergeReport:
+    """Write the plain Hugging Face model to `folder`, and report how its logits agree with the adapter model's.
+
+    The adapter is added in float32 to a copy of the weights and rounded once to their dtype; the live model stays as it is.
+    `probe` [1, T] are token ids to compare on. Raises: ModelError when the merged weights are not finite.
+    """
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    expected = _logits(model, probe)
+    plain = copy.deepcopy(model)
+    if is_adapter_model(plain):
+        plain.float()
+        try:
+            plain = plain.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(f"the adapter cannot be merged: {error}") from error
+        base_dtype = next(d for name, d in dtypes.items() if "lora_" not in name)
+        plain.to(base_dtype)
+    report = _compare(expected, _logits(plain, probe))
+    plain.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return report
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
+    was_training = model.training
+    model.eval()
+    try:
+        return model(input_ids=probe.to(next(model.parameters()).device)).logits[0].float().cpu()
+    finally:
+        model.train(was_training)
+
+
+def _compare(expected: torch.Tensor, merged: torch.Tensor) -> MergeReport:
+    log_p, log_q = expected.double().log_softmax(-1), merged.double().log_softmax(-1)
+    return MergeReport(
+        probe_tokens=expected.shape[0],
+        max_logit_difference=(expected - merged).abs().max().item(),
+        kl=(log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        top1=(expected.argmax(-1) == merged.argmax(-1)).float().mean().item(),
+    )

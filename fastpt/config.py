@@ -1,0 +1,334 @@
+"""The whole configuration: one typed tree, the same names in Python, in a TOML or YAML file and on the command line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
+
+from fastpt.errors import ConfigError
+
+
+class Node(BaseModel):
+    """A node of the tree: unknown keys are errors; a plain string sets the field named by `_string_sets`."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+    _string_sets: str = "name"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        field = cls.__private_attributes__["_string_sets"].default
+        return {field: value} if isinstance(value, str) else value
+
+
+class DataConfig(Node):
+    """Where rows come from and what happens to those that do not fit."""
+
+    _string_sets: str = "path"
+
+    path: Any = Field(
+        None, description="file, directory, hub id, datasets.Dataset, list of dicts, or a weighted list of these"
+    )
+    split: str | None = Field(None, description="split of a hub data set")
+    columns: dict[str, str] | None = Field(
+        None, description='what to read where, e.g. {prompt = "question", completion = "answer"}'
+    )
+    too_long: Literal["error", "truncate", "drop"] = Field(
+        "error", description="what to do with rows longer than max_length"
+    )
+    shuffle: bool = Field(True, description="new seeded order every epoch; false keeps the order of the file")
+    streaming: bool = Field(
+        False, description="read the set as it comes (needs max_steps); packing then works in windows"
+    )
+    window_rows: int = Field(1000, ge=1, description="rows that a streaming set packs at a time")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_object(cls, value: Any) -> Any:
+        is_tree = isinstance(value, dict) and set(value) <= set(cls.model_fields)
+        return value if value is None or isinstance(value, cls) or is_tree else {"path": value}
+
+    @field_serializer("path")
+    def _rows_as_count(self, value: Any) -> Any:
+        """Rows given as objects stand as their number: records and trackers of a run are no place for its data."""
+        if isinstance(value, dict):  # a part of a mixture
+            return {key: self._rows_as_count(item) for key, item in value.items()}
+        if not isinstance(value, (list, tuple)):
+            return value
+        named = (
+            {"path", "rows"} & part.keys() if isinstance(part, dict) else isinstance(part, (str, Path))
+            for part in value
+        )
+        return [self._rows_as_count(part) for part in value] if all(named) else f"<{len(value)} rows>"
+
+
+class MethodConfig(Node):
+    """Which parameters are trained, and how. The adapter fields are PEFT's own, under shorter names."""
+
+    name: Literal["lora", "dora", "full", "freeze"] = "lora"
+    rank: int = Field(16, ge=1, description="LoRA rank r")
+    alpha: float | None = Field(
+        None, gt=0, description="LoRA alpha; the update is scaled by alpha / rank (default: 2 * rank)"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the adapters")
+    targets: str | list[str] = Field("all-linear", description="modules to adapt, as PEFT's target_modules")
+    rank_pattern: dict[str, int] = Field(default_factory=dict, description="rank by module name or regex")
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="alpha by module name or regex")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (rank-stabilised LoRA)")
+    init: Literal["default", "gaussian", "pissa", "pissa_niter_16", "olora", "orthogonal"] = Field(
+        "default", description="initialisation of the adapters, as PEFT's init_lora_weights"
+    )
+    lora_plus: float | None = Field(None, gt=0, description="learning rate of B over that of A (LoRA+, e.g. 16)")
+    modules_to_save: list[str] | None = Field(None, description="modules trained in full and saved with the adapter")
+    peft: dict[str, Any] = Field(default_factory=dict, description="any other field of peft.LoraConfig")
+    train: list[str] = Field(
+        default_factory=list, description='freeze: regexes of the parameters to train, e.g. ["layers\\\\.29\\\\."]'
+    )
+
+
+class OptimConfig(Node):
+    """Optimizer and schedule."""
+
+    name: Any = Field("adamw", description='"adamw", or your own function from parameter groups to a torch Optimizer')
+    lr: float | None = Field(None, gt=0, description="peak learning rate (default: 2e-4 for adapters, 2e-5 otherwise)")
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="decoupled; never on norms, biases and DoRA magnitudes")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup: float = Field(0.03, ge=0, description="below 1: share of all steps; from 1 on: number of steps")
+    min_lr: float = Field(0.0, ge=0, le=1, description="what the schedule ends at, as a share of lr")
+    clip_norm: float | None = Field(1.0, gt=0, description="largest global gradient norm")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_object(cls, value: Any) -> Any:
+        return {"name": value} if callable(value) else value
+
+    @model_validator(mode="after")
+    def _known(self) -> OptimConfig:
+        if self.name != "adamw" and not callable(self.name):
+            raise ValueError(f'optimizer {self.name!r} is not known; use "adamw" or pass a function')
+        return self
+
+
+class Config(Node):
+    """One training run."""
+
+    _string_sets: str = "model"
+
+    model: Any = Field(description="hub id, local directory, GGUF file, run folder, PEFT adapter, or nn.Module")
+    data: DataConfig = Field(description="training rows")
+    objective: Any = Field("sft", description="name or settings of an objective, or an object of your own")
+    method: MethodConfig = Field(default_factory=lambda: MethodConfig())
+    eval_data: DataConfig | None = None
+    output: Path = Field(Path("runs/last"), description="folder of the run")
+    seed: int = 0
+
+    tokenizer: Any = Field(None, description="path, hub id or object; default: the model's own")
+    trust_remote_code: bool = False
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+    max_length: int | None = Field(
+        None, ge=2, description="longest example in tokens (default: the model's limit, at most 2048)"
+    )
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    batch_rows: int | None = Field(None, ge=1, description="examples per optimizer step")
+    batch_tokens: int = Field(4096, ge=1, description="tokens per optimizer step, where batch_rows is not given")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="most tokens in the model at once (default: 2048, or max_length)"
+    )
+
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
+    gradient_checkpointing: bool = False
+
+    logging_steps: int = Field(1, ge=1)
+    eval_steps: int | None = Field(
+        None, ge=1, description="evaluate every so many steps (default: at the end of each epoch)"
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="checkpoint every so many steps (default: at the end of each epoch)"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the latest checkpoints to keep, besides the best")
+    best_metric: str = Field("eval_loss", description="metric of the best checkpoint; start with + to maximise it")
+    resume: bool | Path = Field(
+        False, description="true: from the newest good checkpoint of output; or a checkpoint's path"
+    )
+    allow_drift: bool = Field(False, description="resume although data, seed or batch settings have changed")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
+    callbacks: list[Any] = Field(
+        default_factory=list, description="objects with on_start, on_step, on_evaluate, on_save, on_end"
+    )
+    quiet: bool = Field(False, description="no progress on the console")
+
+    @model_validator(mode="after")
+    def _settle(self) -> Config:
+        if self.data.streaming and self.max_steps is None:
+            raise ValueError("data.streaming needs max_steps, because the length of a stream is not known")
+        if self.method.name == "freeze" and not self.method.train:
+            raise ValueError('method "freeze" needs method.train, regexes of the parameters to train')
+        return self
+
+
+def build(tree: dict[str, Any]) -> Config:
+    """Validate a nested dict, whose keys may also be dotted ("optim.lr").
+
+    Raises: ConfigError naming every wrong key with its place, and the nearest right one.
+    """
+    try:
+        return Config.model_validate(_nested(tree))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_sentence(problem) for problem in error.errors())) from None
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The tree of a .toml, .yaml, .yml or .json file.
+
+    Raises: ConfigError for a missing file, an unknown ending or a syntax error (with its line).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist; give the path of a .toml or .yaml file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".toml":
+            return _toml(text)
+        if path.suffix in (".yaml", ".yml", ".json"):
+            import yaml
+
+            tree = yaml.safe_load(text) or {}
+            if not isinstance(tree, dict):
+                raise ConfigError(f"{path} holds a {type(tree).__name__}, not a table of settings")
+            return tree
+    except (ValueError, OSError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise
+    raise ConfigError(f"{path}: the ending {path.suffix!r} is not known; use .toml, .yaml or .json")
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """("optim.lr", 1e-4) of "optim.lr=1e-4"; the value is read as TOML, or else as a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{text!r} is not of the form key=value, e.g. optim.lr=1e-4")
+    try:
+        return key.strip(), _toml(f"value = {value}")["value"]
+    except ValueError:
+        return key.strip(), {"None": None, "none": None, "null": None, "True": True, "False": False}.get(value, value)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the (possibly dotted) keys of `over` set; tables are merged, all else is replaced."""
+    result = _nested(base)
+    for key, value in _nested(over).items():
+        _put(result, key, value)
+    return result
+
+
+def to_json(config: Config) -> str:
+    """The resolved tree as JSON; Python objects stand as their repr."""
+    return json.dumps(config.model_dump(), indent=2, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return f"<{type(value).__module__}.{type(value).__qualname__}>"
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+def _string_field(key: str) -> str:
+    return "path" if key in ("data", "eval_data") else "name"
+
+
+def _nested(tree: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys of the top level as nested tables (deeper keys may hold dots of their own: rank_pattern)."""
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        first, *others = key.split(".")
+        for part in reversed(others):
+            value = {part: value}
+        _put(result, first, value)
+    return result
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set tree[key]; a table joins the table, or the plain name, that is there already."""
+    if isinstance(value, dict):
+        present = tree.get(key, {})
+        table = (
+            {_string_field(key): present}
+            if isinstance(present, str)
+            else dict(present)
+            if isinstance(present, dict)
+            else {}
+        )
+        for name, item in value.items():
+            _put(table, name, item)
+        value = table
+    tree[key] = value
+
+
+def _sentence(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        *parents, last = problem["loc"]
+        known = _fields_at([str(part) for part in parents])
+        near = difflib.get_close_matches(str(last), known, n=1)
+        return f"unknown setting {place!r}" + (
+            f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+        )
+    if problem["type"] == "missing":
+        return f"setting {place!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"setting {place!r} = {problem['input']!r}: {message[0].lower()}{message[1:]}" if place else message
+
+
+def _fields_at(parents: list[str]) -> list[str]:
+    node: type[Node] | None = Config
+    for name in parents:
+        node = _node_of(node.model_fields[name].annotation) if node is not None and name in node.model_fields else None
+    return list(node.model_fields) if node is not None else []
+
+
+def settings_table() -> Any:
+    """A rich table of every setting: dotted name, default, meaning."""
+    from rich.table import Table
+
+    table = Table("setting", "default", "meaning")
+    for name, default, meaning in _described(Config, ""):
+        table.add_row(name, default, meaning)
+    return table
+
+
+def _described(node: type[Node], prefix: str) -> Iterator[tuple[str, str, str]]:
+    for name, field in node.model_fields.items():
+        inner = _node_of(field.annotation)
+        if inner is not None:
+            yield from _described(inner, f"{prefix}{name}.")
+        else:
+            default = "" if field.is_required() else str(field.get_default(call_default_factory=True))
+            yield prefix + name, default, field.description or ""
+
+
+def _node_of(annotation: Any) -> type[Node] | None:
+    return next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, Node)), None)

@@ -1,0 +1,170 @@
+"""Packed batches for the model, and the planning of streamed sets, whose rows are never all at hand.
+
+A batch is one row of documents end to end without padding; `cu_seqlens` keeps them apart, and the first token of a
+document is never predicted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastpt.data.pack import plan_epoch
+from fastpt.data.render import Example
+from fastpt.data.sources import StreamedRows
+from fastpt.data.tokenised import LengthReport, apply_policy, check_policy
+from fastpt.errors import DataError
+
+
+@dataclass
+class Batch:
+    """One micro-batch; `count` is the number of trained tokens, or the sum of their weights."""
+
+    input_ids: Tensor  # [1, T] int64
+    position_ids: Tensor  # [1, T] int64, from 0 in each document
+    cu_seqlens: Tensor  # [N + 1] int32
+    max_seqlen: int
+    targets: Tensor  # [T] int64: the token that position t must predict, -100 where none
+    kept: Tensor  # [K] int64: the positions with a target
+    weights: Tensor | None  # [K] float32
+    count: float
+    places: list[str]
+    tokens: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device; copies of pinned memory do not wait."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+def collate(examples: list[Example]) -> Batch:
+    """The examples end to end as one batch, targets shifted within each document."""
+    lengths = np.array([len(example.input_ids) for example in examples], np.int64)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = int(starts[-1])
+    ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)  # [T]
+    trained = np.concatenate([example.trained for example in examples])
+    trained[starts[:-1][lengths > 0]] = False  # nothing comes before the first token of a document
+    target_at = np.flatnonzero(trained)  # [K]
+    targets = np.full(tokens, -100, np.int64)
+    targets[target_at - 1] = ids[target_at]
+    weights = None
+    if any(example.weights is not None for example in examples):
+        ones = [np.ones(len(e.input_ids), np.float32) if e.weights is None else e.weights for e in examples]
+        weights = np.concatenate(ones)[target_at].astype(np.float32)
+    return Batch(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(np.arange(tokens) - np.repeat(starts[:-1], lengths))[None],
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        max_seqlen=int(lengths.max(initial=0)),
+        targets=torch.from_numpy(targets),
+        kept=torch.from_numpy(target_at - 1),
+        weights=None if weights is None else torch.from_numpy(weights),
+        count=float(len(target_at) if weights is None else weights.sum(dtype=np.float64)),
+        places=[example.place for example in examples],
+        tokens=tokens,
+    )
+
+
+class StreamPlanner:
+    """Steps of micro-batches from a stream, packed within windows of rows; the cursor resumes between two steps.
+
+    What does not fill the last step of a window is carried into the next one, so that all steps but the last are full.
+    `state()` after a step, given back to `seek`, goes on with the very next step.
+    """
+
+    def __init__(
+        self,
+        rows: StreamedRows,
+        prepare: Callable[[dict, str], list[Example]],
+        *,
+        max_length: int,
+        too_long: str,
+        batch_rows: int | None,
+        batch_tokens: int | None,
+        micro_tokens: int,
+        seed: int,
+        window_rows: int = 2048,
+    ):
+        check_policy(max_length, too_long)
+        self._rows, self._prepare = rows, prepare
+        self._max_length, self._too_long = max_length, too_long
+        self._batch: dict[str, Any] = {
+            "batch_rows": batch_rows,
+            "batch_tokens": batch_tokens,
+            "micro_tokens": micro_tokens,
+        }
+        self._seed, self._window_rows = seed, window_rows
+        self.report = LengthReport()
+        self._state: dict[str, Any] = {"epoch": 0, "window": 0, "row": 0, "carried": [], "step": 0}
+
+    def state(self) -> dict[str, Any]:
+        """The cursor, plain enough for JSON."""
+        return dict(self._state)
+
+    def seek(self, state: dict[str, Any]) -> None:
+        """Go on, with the next iteration, where `state()` was taken."""
+        self._state = dict(state)
+
+    def first_example(self) -> Example:
+        """The first example of the stream, for looking at; the cursor stays."""
+        return next(example for row, place in self._rows for example in self._prepare(row, place))
+
+    def __iter__(self) -> Iterator[list[list[Example]]]:
+        """Steps of one epoch; iterating again goes on with the next epoch."""
+        state = self._state
+        wanted = {(row, number) for row, number in state["carried"]}
+        stream = self._rows.iterate(min([state["row"], *(row for row, _ in wanted)]))
+        held: list[tuple[tuple[int, int], Example]] = []
+        is_last = False
+        while not is_last:
+            next_row = self._read_window(stream, held, wanted)
+            is_last = next_row is None
+            steps, left = self._plan([example for _, example in held], is_last)
+            for number in range(state["step"], len(steps)):
+                state["step"] = number + 1
+                yield [[held[i][1] for i in micro] for micro in steps[number]]
+            held = [held[i] for i in left]
+            carried = [list(key) for key, _ in held]
+            state.update(window=state["window"] + 1, row=next_row, carried=carried, step=0)
+        state.update(epoch=state["epoch"] + 1, window=0, row=0, carried=[], step=0)
+
+    def _read_window(self, stream: Iterator[tuple[int, dict, str]], held: list, wanted: set) -> int | None:
+        """Add a window of rows to `held`, and of rows before it what was carried; the row after it, None at the end."""
+        first = self._state["row"]
+        carried_rows = {row for row, _ in wanted}
+        window = list(islice(stream, first + self._window_rows - min([first, *carried_rows])))
+        taken = [item for item in window if item[0] >= first or item[0] in carried_rows]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            prepared = list(pool.map(lambda item: self._prepare(item[1], item[2]), taken))
+        for (row, _, _), examples in zip(taken, prepared, strict=True):
+            kept = apply_policy(examples, self._max_length, self._too_long, self.report)
+            held += [((row, n), e) for n, e in enumerate(kept) if row >= first or (row, n) in wanted]
+        wanted.clear()
+        if self._too_long == "error" and self.report.too_long:
+            raise DataError(self.report.why_too_long(self._rows.name, self._max_length))
+        if window and window[-1][0] + 1 == first + self._window_rows:
+            return first + self._window_rows
+        if self.report.examples == 0:
+            raise DataError(f"{self._rows.name} gives nothing to train on: {self.report.why_nothing()}")
+        return None
+
+    def _plan(self, examples: list[Example], is_last: bool) -> tuple[list[list[list[int]]], list[int]]:
+        lengths = [len(example.input_ids) for example in examples]
+        parts = (self._seed, self._state["epoch"], self._state["window"])
+        seed = int(np.random.SeedSequence(parts).generate_state(1)[0])
+        steps = plan_epoch(lengths, **self._batch, seed=seed, epoch=0)
+        left = [] if is_last or not steps else [i for micro in steps.pop() for i in micro]
+        return steps, sorted(left)

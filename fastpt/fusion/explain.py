@@ -1,0 +1,124 @@
+"""explain: one row per part of a model, with the kernel that serves it or the reason why none does."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+from fastpt.fusion.blocks import Recipe
+from fastpt.fusion.patch import Patch, patch_of
+from fastpt.fusion.projection import NotFusable, Projection
+from fastpt.ops._library import serving_kernel
+
+if TYPE_CHECKING:
+    from fastpt.fusion.fuse import Handle
+
+GATED = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu"}
+
+
+class Row(NamedTuple):
+    """One part: `op` and `kernel` are empty, and `reason` says why, when its original code runs."""
+
+    module: str
+    op: str
+    kernel: str
+    reason: str
+
+
+def rows_of(handle: Handle) -> list[Row]:
+    """The rows of a fused model as it is now, in the order of its modules."""
+    device = next((p.device.type for p in handle.model.parameters()), "cpu")
+    rows: list[Row] = []
+    covered: set[nn.Module] = set()
+    for path, module in handle.model.named_modules():
+        if module in covered:
+            continue
+        patch = patch_of(module.__dict__.get("forward"))
+        recipe = handle.recipes.get(path)
+        if path in handle.heads:
+            head = module.get_output_embeddings()
+            covered.update(head.modules())
+            name = next((name for name, part in handle.model.named_modules() if part is head), path)
+            reason = patch.fallback if patch is not None else None
+            rows += [_served(name, "token_stats", device)]
+            rows.append(
+                Row(name, "", "", f"last call: {reason}") if reason else _served(name, "linear_cross_entropy", device)
+            )
+        if path in handle.backbones:
+            rows.append(_served(f"{path} attention".strip(), "attention", device))
+        if isinstance(recipe, Recipe) and patch is not None:
+            covered.update(module.modules())
+            rows += _block_rows(path, module, recipe, patch, device)
+        elif path in handle.recipes and patch is not None:
+            op = "layer_norm" if recipe is None else "rms_norm"
+            rows.append(Row(path, "", "", patch.fallback) if patch.fallback else _served(path, op, device))
+        elif path in handle.reasons:
+            rows.append(Row(path, "", "", handle.reasons[path]))
+        elif not module._modules and (module._parameters or path.endswith(("act_fn", "activation_fn"))):
+            rows.append(Row(path, "", "", "no op for it: runs as it is"))
+    return rows
+
+
+def _served(module: str, op: str, device: str) -> Row:
+    return Row(module, op, serving_kernel(op, device), "")
+
+
+def _block_rows(path: str, block: nn.Module, recipe: Recipe, patch: Patch, device: str) -> list[Row]:
+    try:
+        weights = recipe.read_weights(block, next(p.dtype for p in block.parameters() if p.dim() == 1))
+    except NotFusable as reason:
+        return [Row(path, "", "", str(reason))]
+    if patch.fallback:
+        return [Row(path, "", "", f"last call: {patch.fallback}")]
+    qkv, mlp = weights
+    attention, gated = f"{path}.{recipe.attention}", f"{path}.{recipe.mlp}"
+    rows = [_served(f"{path}.{recipe.norm.name}", "rms_norm", device)]
+    rows += [_projection(f"{attention}.{n}", p, device) for n, p in zip(recipe.qkv, qkv.projections, strict=True)]
+    rows += [_served(f"{attention}.{norm.name}", "rms_norm", device) for norm in (recipe.q_norm, recipe.k_norm) if norm]
+    rows += [_served(attention, "rope", device), _served(attention, "attention", device)]
+    rows.append(_projection(f"{attention}.{recipe.output}", mlp.output, device))
+    rows += [_served(f"{path}.{n.name}", "rms_norm", device) for n in (recipe.after_attention, recipe.after_mlp) if n]
+    rows.append(_served(f"{path}.{recipe.mlp_norm.name}", "add_rms_norm", device))
+    rows += [_projection(f"{gated}.{n}", p, device) for n, p in zip(recipe.gate_up, mlp.gate_up, strict=True)]
+    rows.append(_served(gated, GATED[recipe.activation], device))
+    return [*rows, _projection(f"{gated}.{recipe.down}", mlp.down, device)]
+
+
+def _projection(path: str, projection: Projection, device: str) -> Row:
+    if projection.module is not None:
+        return Row(path, "", "", f"{type(projection.module).__name__} runs as it is")
+    if projection.lora_a is None:
+        return Row(path, "linear", "torch", "")
+    return _served(path, "lora_linear", device)
+
+
+def show(rows: list[Row]) -> list[Row]:
+    """Print the rows as a table, layers that are alike on one line; returns the rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("module", "op", "kernel", "why not", box=None, header_style="bold")
+    seen: dict[tuple[str, str, str, str], list[int]] = {}
+    for row in rows:
+        layer = re.search(r"\.(\d+)(?=\.|$)", row.module)
+        name = row.module if layer is None else f"{row.module[: layer.start(1)]}*{row.module[layer.end(1) :]}"
+        seen.setdefault((name, *row[1:]), []).append(-1 if layer is None else int(layer.group(1)))
+    for (name, op, kernel, reason), layers in seen.items():
+        table.add_row(name.replace("*", _ranges(layers), 1), op, kernel, reason)
+    console = Console()
+    console.width = max(console.width, 140)  # module paths are not worth cutting
+    console.print(table)
+    return rows
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

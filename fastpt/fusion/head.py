@@ -1,0 +1,199 @@
+"""The language head and its losses on hidden states: the logits of a training step are never held.
+
+The head is resolved through its module on every call (plain, LoRA, fully trained copy, tied), never by `.weight` blindly:
+the weight of a PEFT layer is the base weight, and a loss that reads it trains no adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastpt.errors import ModelError
+from fastpt.fusion.projection import NotFusable, Projection
+from fastpt.ops import TokenStats, linear_cross_entropy, token_stats
+
+IGNORED = -100
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def backbone_of(model: nn.Module) -> Any:
+    """What turns tokens into hidden states after the final norm; raises ModelError when `model` has no such part."""
+    inner = causal_lm(model)
+    backbone = getattr(inner, "base_model", inner)
+    if backbone is inner:
+        raise ModelError(
+            f"{type(inner).__name__} has no backbone under its head; give a model such as AutoModelForCausalLM"
+        )
+    return backbone
+
+
+def hidden_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Hidden states of packed documents after the final norm, fused or not.
+
+    Shapes: input_ids and position_ids [T] or [B, S], positions restarting at 0 with each document; cu_seqlens int32
+    [N + 1] over the flattened tokens -> [T, D].
+    Raises: ModelError for a model without a backbone, or one that cannot keep packed documents apart.
+    """
+    backbone = backbone_of(model)
+    if position_ids is not None:
+        position_ids = position_ids.view(-1, input_ids.shape[-1])
+    lengths = {}
+    if cu_seqlens is not None:
+        lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+        lengths |= {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
+        config = backbone.config
+        reads_lengths = config._attn_implementation == "fastpt" or "flash" in (config._attn_implementation or "")
+        is_encoder = not getattr(config, "is_decoder", True) and not _is_causal(backbone)
+        if len(cu_seqlens) > 2 and not reads_lengths and is_encoder:
+            raise ModelError(
+                f"{type(backbone).__name__} lets packed documents see each other unless it is fused: call fastpt.fuse(model)"
+            )
+    outputs = backbone(
+        input_ids=input_ids.view(-1, input_ids.shape[-1]), attention_mask=attention_mask, position_ids=position_ids,
+        use_cache=False, **lengths,
+    )  # fmt: skip
+    return outputs.last_hidden_state.flatten(0, -2)
+
+
+def _is_causal(backbone: nn.Module) -> bool:
+    return any(getattr(module, "is_causal", False) is True for module in backbone.modules())
+
+
+@dataclass(frozen=True)
+class LanguageHead:
+    """The output embeddings of a causal language model, with what its config does to the logits."""
+
+    model: Any
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LanguageHead:
+        """The head of a bare or PEFT-wrapped model.
+
+        Raises: ModelError with the reason when there is none.
+        """
+        inner = causal_lm(model)
+        get = getattr(inner, "get_output_embeddings", None)
+        module = get() if get is not None else None
+        if module is None:
+            raise ModelError(f"{type(inner).__name__} has no language head; load it with AutoModelForCausalLM")
+        backbone_of(model)
+        config = inner.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(inner, softcap, _logit_scale(config))
+
+    @property
+    def module(self) -> nn.Module:
+        """The head's module as it is now: PEFT may have replaced it since."""
+        return self.model.get_output_embeddings()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [T, D] -> logits [T, V], as the model's own forward makes them."""
+        logits = self.module(hidden) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def cross_entropy(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        kept: Tensor | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> Tensor:
+        """Cross-entropy of targets already shifted, without the logits.
+
+        Shapes: hidden [T, D], targets int64 [T] with -100 ignored, kept int64 [N] (rows with a target) -> [] or [T].
+        """
+        options: dict[str, Any] = {"reduction": reduction, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        read = self._read()
+        if read is None:
+            return _cross_entropy(self.logits(hidden).float(), targets, **options)
+        head, hidden = read, hidden.to(self._dtype(read, hidden))
+        return linear_cross_entropy(
+            hidden, head.weight, targets, bias=head.bias, kept=kept, ignore_index=IGNORED, softcap=self.softcap,
+            logit_scale=self.logit_scale, lora_a=head.lora_a, lora_b=head.lora_b, lora_scale=head.scale, **options,
+        )  # fmt: skip
+
+    def stats(
+        self, hidden: Tensor, targets: Tensor, *, kept: Tensor | None = None, temperature: float = 1.0
+    ) -> TokenStats:
+        """Log-probability, entropy, logsumexp and top-1 of targets already shifted, each float32 [T]."""
+        read = self._read()
+        if read is None or (self.softcap is not None and temperature != 1):
+            return _token_stats(self.logits(hidden).float() / temperature, targets)
+        head, hidden = read, hidden.to(self._dtype(read, hidden))
+        return token_stats(
+            hidden, head.weight, targets, bias=head.bias, kept=kept, ignore_index=IGNORED, softcap=self.softcap,
+            logit_scale=self.logit_scale / temperature, lora_a=head.lora_a, lora_b=head.lora_b, lora_scale=head.scale,
+        )  # fmt: skip
+
+    def _read(self) -> Projection | None:
+        """Weight, bias and adapter as they are now, or None when only calling the module is right."""
+        try:
+            head = Projection.read(self.module, "the language head")
+        except NotFusable:
+            return None
+        is_served = head.weight is not None and head.magnitude is None and head.dropout_p == 0
+        return head if is_served else None
+
+    @staticmethod
+    def _dtype(head: Projection, hidden: Tensor) -> torch.dtype:
+        """A head kept in another dtype than the stream (a float32 copy that is trained) takes the hidden states in its own."""
+        is_cast = torch.is_autocast_enabled(hidden.device.type)
+        return hidden.dtype if is_cast or head.weight is None else head.weight.dtype
+
+
+def _logit_scale(config: Any) -> float:
+    """What the config multiplies the logits by: the names are those of the models in transformers."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    if getattr(config, "logits_scaling", None) is not None:  # Granite divides by it
+        return float(config.logits_scaling) if config.model_type == "hyperclovax" else 1 / config.logits_scaling
+    return 1.0
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str, label_smoothing: float, z_loss: float) -> Tensor:
+    """Over logits, for heads that only their module can compute."""
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing, ignore_index=IGNORED)
+    is_kept = targets != IGNORED
+    if z_loss:
+        losses = losses + z_loss * (logits.logsumexp(-1) ** 2).masked_fill(~is_kept, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / is_kept.sum().clamp(min=1)
+
+
+def _token_stats(logits: Tensor, targets: Tensor) -> TokenStats:
+    is_kept = targets != IGNORED
+    logsumexp = logits.logsumexp(-1)
+    at_target = logits.gather(-1, targets.clamp(min=0)[:, None]).squeeze(-1)
+    entropy = logsumexp - ((logits - logsumexp[:, None]).exp() * logits).sum(-1)
+    top = at_target >= logits.amax(-1)
+    zero = logits.new_zeros(())
+    return TokenStats(
+        torch.where(is_kept, at_target - logsumexp, zero),
+        torch.where(is_kept, entropy, zero),
+        torch.where(is_kept, logsumexp, zero),
+        top & is_kept,
+    )

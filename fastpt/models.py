@@ -1,0 +1,201 @@
+"""Loading models and tokenizers: hub ids, local folders, GGUF files, run folders, PEFT adapters, live modules."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastpt.errors import ModelError
+
+
+@dataclass
+class Loaded:
+    """A model with its tokenizer; `source` is what can load the base model again, None for a live module."""
+
+    model: nn.Module
+    tokenizer: Any
+    source: str | None
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device to run on: the wanted one, or with "auto" the first GPU, or else the CPU."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ModelError(f"device {wanted!r} is not known; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            f"device {wanted!r} was asked for, but torch {torch.__version__} sees no GPU; use device='cpu'"
+        )
+    return device
+
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute dtype, and why."""
+    if wanted != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted], "as asked"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16, "the GPU has bf16 units") if fast else (torch.float32, "this GPU has no bf16 units")
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16, "this CPU has fast bf16 matrix products"
+    return torch.float32, "this CPU has no fast bf16 matrix products"
+
+
+def load(
+    spec: Any, *, tokenizer: Any = None, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> Loaded:
+    """Load a causal language model and its tokenizer.
+
+    `spec` is a hub id, a local Hugging Face folder, a .gguf file (or a folder that holds one), a folder with a PEFT adapter,
+    a fastpt run folder, or an nn.Module, which is taken as it is. Weights are read from safetensors and GGUF only.
+    Raises: ModelError naming what is missing and the nearest thing that is there.
+    """
+    if isinstance(spec, nn.Module):
+        name = getattr(getattr(spec, "config", None), "_name_or_path", None) or None
+        found = load_tokenizer(tokenizer or name, trust_remote_code)
+        check_vocabulary(spec, found)
+        return Loaded(spec.to(device), found, None)
+    if not isinstance(spec, (str, Path)):
+        raise ModelError(f"model is a {type(spec).__name__}; give a hub id, a path or an nn.Module")
+    place = resolve(spec)
+    adapter = None
+    if isinstance(place, Path) and (place / "adapter_config.json").is_file():
+        adapter, place = place, _base_of(place)
+    model = _from_pretrained(place, dtype, trust_remote_code)
+    chosen = tokenizer or (adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else place)
+    found = load_tokenizer(chosen, trust_remote_code)
+    check_vocabulary(model, found)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    return Loaded(model.to(device), found, str(place))
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with a trainable PEFT adapter read from safetensors."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{folder} has an adapter_config.json but no adapter_model.safetensors; save the adapter as safetensors"
+        )
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"the adapter in {folder} does not fit its base model: {error}") from error
+
+
+def resolve(spec: str | Path) -> Path | str:
+    """A local path where there is one (the model inside of a run folder), or else the hub id."""
+    path = Path(spec).expanduser()
+    if (path / "run.json").is_file() and (path / "model").is_dir():
+        return path / "model"
+    if path.exists():
+        return path
+    text = str(spec)
+    if isinstance(spec, Path) or text.startswith((".", "/", "~")) or text.endswith(".gguf") or text.count("/") > 1:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        raise ModelError(
+            f"model path {text} does not exist" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
+    return text
+
+
+def load_tokenizer(spec: Any, trust_remote_code: bool = False) -> Any:
+    """A tokenizer from a path or hub id; an object is taken as it is. Pad falls back to eos (masks go by position, not id)."""
+    from transformers import AutoTokenizer
+
+    if spec is None:
+        raise ModelError("the model does not say where its tokenizer is; pass tokenizer=")
+    tokenizer = spec
+    if isinstance(spec, (str, Path)):
+        place = resolve(spec)
+        gguf = _gguf_in(place)
+        with _explained(f"tokenizer {spec}"):
+            extra = {"gguf_file": gguf.name} if gguf else {}
+            folder = gguf.parent if gguf else place
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **extra)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
+    """Raises: ModelError where the tokenizer has more tokens than the embedding has rows."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model's embedding only {rows} rows; "
+            "use the model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and pass the model"
+        )
+
+
+def _base_of(adapter: Path) -> Path | str:
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    base = settings.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{adapter / 'adapter_config.json'} does not name its base model (base_model_name_or_path)")
+    return resolve(base)
+
+
+def _from_pretrained(place: Path | str, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    gguf = _gguf_in(place)
+    with _explained(f"model {place}"):
+        if gguf is None:
+            return AutoModelForCausalLM.from_pretrained(
+                str(place), dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
+        return from_gguf(gguf, dtype)
+
+
+def from_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a GGUF file with its weights dequantised to dtype, and without the quantisation config, to be saved."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ModelError(f"{path} needs the gguf package: pip install 'fastpt[gguf]'") from None
+    from transformers import AutoModelForCausalLM
+
+    read = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(read)(config).to(dtype)
+    plain.load_state_dict(read.state_dict())
+    plain.config._name_or_path = str(path)
+    return plain
+
+
+def _gguf_in(place: Path | str) -> Path | None:
+    """The GGUF file that `place` is, or holds when it has no config.json."""
+    if not isinstance(place, Path):
+        return None
+    if place.suffix == ".gguf":
+        return place
+    if place.is_dir() and not (place / "config.json").exists():
+        return next(iter(sorted(place.glob("*.gguf"))), None)
+    return None
+
+
+@contextlib.contextmanager
+def _explained(what: str):
+    """Turn what transformers raises for a missing or broken model into one sentence."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        first = " ".join(str(error).split())[:400]
+        raise ModelError(f"{what} cannot be loaded: {first}") from error

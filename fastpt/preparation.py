@@ -1,0 +1,111 @@
+"""From settings to tokenised data: the folder of the run, max_length, rows, examples. Each choice is said aloud."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastpt.checkpoint import newest
+from fastpt.config import Config, DataConfig
+from fastpt.data.batches import StreamPlanner
+from fastpt.data.feed import PlannedFeed, StreamFeed
+from fastpt.data.render import ensure_chat_template, tokenizer_fingerprint
+from fastpt.data.sources import StreamedRows, load_rows
+from fastpt.data.tokenised import Tokenised, tokenise
+from fastpt.errors import ConfigError
+from fastpt.objectives.base import Objective, Prepare
+
+DEFAULT_MAX_LENGTH = 2048
+
+
+def settle_output(config: Config, say: Callable[[str], None]) -> Path:
+    """The folder to write to: never over another run, unless that run is being resumed."""
+    output = config.output
+    if config.resume or not ((output / "run.json").exists() or (output / "config.json").exists()):
+        return output
+    number = 2
+    while (other := output.with_name(f"{output.name}-{number}")).exists():
+        number += 1
+    unfinished = not (output / "run.json").exists() and newest(output / "checkpoints") is not None
+    hint = " (resume=true would go on with the unfinished run there)" if unfinished else ""
+    say(f"{output} already holds a run{hint}; writing to {other}")
+    return other
+
+
+def settle_max_length(config: Config, model: Any, say: Callable[[str], None]) -> int:
+    """max_length as given, or the model's limit, at most 2048."""
+    text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if config.max_length is None:
+        chosen = min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+        say(f"max_length: {chosen} (the model's limit is {limit}; set max_length for more)")
+        return chosen
+    if limit is not None and config.max_length > limit:
+        say(f"max_length: {config.max_length} is more than the {limit} positions that the model was trained with")
+    return config.max_length
+
+
+def read_rows(data: DataConfig) -> Any:
+    """The rows, not yet tokenised; every problem with the file is raised here."""
+    return load_rows(data.path, split=data.split, streaming=data.streaming)
+
+
+def examples_of(
+    rows: Any, data: DataConfig, objective: Objective, tokenizer: Any, max_length: int, say: Callable[[str], None]
+) -> Tokenised:
+    """Tokenise rows by the objective's own preparation, through the cache."""
+    if isinstance(rows, StreamedRows):
+        raise ConfigError("eval_data cannot be streaming, because every evaluation must see the same rows")
+    prepare = _preparer(rows, data, objective, tokenizer, say)
+    is_ours = type(objective).__module__.startswith("fastpt.")  # of another's code no key can tell when it changes
+    key = f"{tokenizer_fingerprint(tokenizer)} {objective!r} {data.columns!r}" if is_ours else None
+    found = tokenise(
+        rows,
+        prepare,
+        max_length=max_length,
+        too_long=_policy(data, objective),
+        cache_key=key,
+        cache_dir=Path("~/.cache/fastpt/tokenised").expanduser(),
+    )
+    say(f"{rows.name}: {found.report}" + (" (from the cache)" if found.from_cache else ""))
+    return found
+
+
+def make_feed(
+    rows: Any,
+    config: Config,
+    micro_tokens: int,
+    objective: Objective,
+    tokenizer: Any,
+    max_length: int,
+    say: Callable[[str], None],
+) -> PlannedFeed | StreamFeed:
+    """The steps of a run over its training rows."""
+    data = config.data
+    batch = {"batch_rows": config.batch_rows, "batch_tokens": config.batch_tokens, "micro_tokens": micro_tokens}
+    if not isinstance(rows, StreamedRows):
+        examples = examples_of(rows, data, objective, tokenizer, max_length, say)
+        return PlannedFeed(examples, rows.fingerprint, **batch, seed=config.seed, shuffle=data.shuffle)
+    prepare = _preparer(rows, data, objective, tokenizer, say)
+    planner = StreamPlanner(
+        rows,
+        prepare,
+        max_length=max_length,
+        too_long=_policy(data, objective),
+        window_rows=data.window_rows,
+        seed=config.seed,
+        **batch,
+    )
+    return StreamFeed(planner, rows.fingerprint, **batch, seed=config.seed, window_rows=data.window_rows)
+
+
+def _preparer(rows: Any, data: DataConfig, objective: Objective, tokenizer: Any, say: Callable[[str], None]) -> Prepare:
+    template = ensure_chat_template(tokenizer)
+    if template:
+        say(template)
+    return objective.bind(tokenizer, rows, data.columns)
+
+
+def _policy(data: DataConfig, objective: Objective) -> str:
+    return "split" if objective.splits_long_rows else data.too_long

@@ -1,0 +1,385 @@
+"""The training loop, readable from top to bottom: prepare, step, evaluate, save. It knows no objective and no model family.
+
+A step accumulates loss *sums* over packed micro-batches and divides the gradients once by the number of trained tokens, so
+accumulation, packing and batch order do not change the result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpt import checkpoint, models
+from fastpt.adapters import apply_method, count_parameters
+from fastpt.config import Config, build, to_json
+from fastpt.console import Console
+from fastpt.data.batches import collate
+from fastpt.data.feed import Step, micro_batches
+from fastpt.data.render import show_example
+from fastpt.errors import CheckpointError, ConfigError, TrainingError
+from fastpt.forensics import non_finite_rows
+from fastpt.fusion import fuse
+from fastpt.interrupt import stop_on_signals
+from fastpt.memory import is_out_of_memory, peak_bytes
+from fastpt.objectives import make_objective
+from fastpt.optim import make_optimizer
+from fastpt.optim.schedule import lr_scale
+from fastpt.preparation import examples_of, make_feed, read_rows, settle_max_length, settle_output
+from fastpt.records import History
+from fastpt.run import Run, environment
+from fastpt.scorer import ModelScorer
+from fastpt.trackers import make_trackers
+
+
+def train(
+    model: Any,
+    data: Any,
+    objective: Any = "sft",
+    method: Any = "lora",
+    eval_data: Any = None,
+    output: str | Path = "runs/last",
+    seed: int = 0,
+    max_steps: int | None = None,
+    epochs: float = 1.0,
+    resume: bool | str | Path = False,
+    **config: Any,
+) -> Run:
+    """Post-train a model and return the finished run.
+
+    `model` is a hub id, a local path, a GGUF file or an nn.Module; `data` a file, a hub id,
+    a datasets.Dataset or a list of dicts.
+    Any other field of fastpt.config.Config is a keyword too, nested (`optim={"lr": 1e-4}`) or dotted (`**{"optim.lr": 1e-4}`).
+    Ctrl-C and SIGTERM save a checkpoint and return the run so far (`run.status == "interrupted"`).
+    Raises: ConfigError, DataError, ModelError before any work is done; TrainingError, CheckpointError later.
+    """
+    named = {
+        "model": model,
+        "data": data,
+        "objective": objective,
+        "method": method,
+        "eval_data": eval_data,
+        "output": output,
+    }
+    settings = {**named, "seed": seed, "max_steps": max_steps, "epochs": epochs, "resume": resume, **config}
+    return Trainer(**settings).run()
+
+
+class Trainer:
+    """One run: `run()` does all of it; `prepare()` and then `steps()` give the steps one by one."""
+
+    def __init__(self, **settings: Any):
+        self.config: Config = build(settings)
+        self.objective = make_objective(self.config.objective)
+        self.trackers = make_trackers(self.config.trackers, self.config.output, json.loads(to_json(self.config)))
+        self.console = Console(quiet=self.config.quiet)
+        self.metrics: dict[str, Any] = {}
+        self.step = self.start_step = 0
+        self.best: dict[str, Any] | None = None
+        self.totals = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped_steps": 0}
+        self.status = "finished"
+        self.started = time.time()
+
+    # ---- set-up -----------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Load everything, say what was decided and why, and resume where that was asked for."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.output = settle_output(config, self.console.say)
+        self.history = History(self.output / "history.jsonl")
+        self.device = models.choose_device(config.device)
+        self.dtype, reason = models.choose_precision(config.precision, self.device)
+        rows = read_rows(config.data)  # before the model: a missing file should not cost a model load
+        eval_rows = read_rows(config.eval_data) if config.eval_data is not None else None
+        loaded = models.load(
+            config.model,
+            tokenizer=config.tokenizer,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self.tokenizer, self.source = loaded.tokenizer, loaded.source
+        self.max_length = settle_max_length(config, loaded.model, self.console.say)
+        torch.manual_seed(config.seed)  # the adapter's initial values do not depend on what loading drew
+        self.model = apply_method(loaded.model, config.method)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in self.parameters:
+            if parameter.dtype != torch.float32:
+                parameter.grad_dtype = torch.float32  # gradients add up over micro-batches in float32
+        self.handle = fuse(self.model)
+        self.scorer = ModelScorer(self.model)
+        self.optimizer = make_optimizer(self.model, config)
+        self._prepare_data(rows, eval_rows)
+        trained, total = count_parameters(self.model)
+        self.console.say(
+            f"{config.method.name}: {trained:,} of {total:,} parameters trained, on {self.device} in {self.dtype} ({reason})"
+        )
+        self.output.mkdir(parents=True, exist_ok=True)
+        if config.resume:
+            self._resume()
+        (self.output / "config.json").write_text(to_json(config))
+
+    def _prepare_data(self, rows: Any, eval_rows: Any) -> None:
+        config, common = self.config, (self.objective, self.tokenizer, self.max_length, self.console.say)
+        self.micro_tokens = config.micro_batch_tokens or max(2048, self.max_length)
+        self.eval_data = None
+        if config.eval_data is not None:
+            self.eval_data = examples_of(eval_rows, config.eval_data, *common)
+        self.feed = make_feed(rows, config, self.micro_tokens, *common)
+        self._steps = iter(self.feed)
+        self.console.show_sample(
+            show_example(self.feed.sample(), self.tokenizer), "first example, trained tokens marked"
+        )
+        self.total_steps = config.max_steps or max(1, math.ceil(self.feed.steps_per_epoch * config.epochs))
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Run:
+        """Train to the end (or to a signal), evaluate, save, and return the run."""
+        self.prepare()
+        listeners = self._listeners
+        try:
+            for listener in listeners("on_start"):
+                listener(self)
+            for _ in self.steps():
+                pass
+            if self.eval_data is not None and self.status == "finished" and not self._evaluated_now:
+                self._evaluate()
+            run = self._finish()
+        except BaseException:
+            self.console.close()
+            raise
+        for listener in listeners("on_end"):
+            listener(self, run)
+        return run
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """Train, yielding one record per optimizer step; logging, evaluation and checkpoints happen on the way."""
+        self.model.train()
+        with stop_on_signals() as stop:
+            while self.step < self.total_steps and not stop:
+                micro = next(self._steps)
+                record = self._guarded_step(micro)
+                self._record(record)
+                yield record
+                self._evaluate_and_save_when_due()
+            if stop:
+                self.status = "interrupted"
+                self.console.say(f"{stop.signal}: saving and stopping after step {self.step}")
+                self._save()
+
+    def _guarded_step(self, micro: Step) -> dict[str, Any]:
+        try:
+            return self._train_step(micro)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"out of memory at step {self.step + 1} with micro-batches of up to {self.micro_tokens} tokens "
+                f"(peak {peak_bytes(self.device) / 2**30:.1f} GiB): lower micro_batch_tokens (the result stays the same), set "
+                "gradient_checkpointing=true, or lower max_length; checkpoints so far are kept"
+            ) from error
+
+    def _train_step(self, micro: Step) -> dict[str, Any]:
+        started = time.perf_counter()
+        lr = self._set_lr()
+        loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
+        sums: dict[str, torch.Tensor] = {}
+        count, tokens = 0.0, 0
+        for examples in micro:
+            batch = collate(examples).to(self.device)
+            loss, metrics = self.objective.loss(self.scorer, batch)
+            loss.backward()
+            loss_sum += loss.detach()
+            count, tokens = count + batch.count, tokens + batch.tokens
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        count = max(count, 1e-12)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]) / count
+        loss, grad_norm = (x.item() for x in (loss_sum / count, norm))  # the one host sync of the step
+        record = {
+            "step": self.step + 1,
+            "epoch": round(self.feed.progress, 4),
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+        }
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._update(1.0 / count, grad_norm)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            examples = [example for one in micro for example in one]
+            record |= {"skipped": True, "rows": non_finite_rows(self.objective, self.scorer, examples, self.parameters)}
+            self.totals["skipped_steps"] += 1
+        seconds = time.perf_counter() - started
+        self.totals["tokens"] += tokens
+        self.totals["trained_tokens"] += round(count)
+        self.totals["seconds"] += seconds
+        record |= {name: value.item() / count for name, value in sums.items()}
+        rate = {"tokens": tokens, "trained_tokens": round(count), "tokens_per_s": tokens / seconds, "step_s": seconds}
+        return record | rate | {"peak_bytes": peak_bytes(self.device)}
+
+    def _update(self, scale: float, grad_norm: float) -> None:
+        """One optimizer step with the gradients divided by the token count and clipped, in a single factor."""
+        clip = self.config.optim.clip_norm
+        if clip is not None and grad_norm > clip:
+            scale *= clip / grad_norm
+        factor = torch.tensor(scale, dtype=torch.float32, device=self.device)
+        if getattr(self.optimizer, "takes_grad_scale", False):
+            self.optimizer.step(grad_scale=factor)  # type: ignore[call-arg]
+        else:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _set_lr(self) -> float:
+        scale = lr_scale(self.config.optim, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
+        return self.optimizer.param_groups[0]["lr"]
+
+    # ---- records, evaluation, checkpoints -----------------------------------------------------------------------------
+
+    def _listeners(self, event: str) -> list[Any]:
+        everyone = [self.console, *self.trackers, *self.config.callbacks]
+        return [getattr(one, event) for one in everyone if hasattr(one, event)]
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.step += 1
+        self._evaluated_now = False
+        if self.step % self.config.logging_steps == 0 or record.get("skipped") or self.step == self.total_steps:
+            self.history.add(record)
+        for listener in self._listeners("on_step"):
+            listener(self, record)
+
+    def _evaluate_and_save_when_due(self) -> None:
+        config, at_end_of_epoch = self.config, self.feed.at_end_of_epoch
+        last = self.step == self.total_steps
+        due = self.step % config.eval_steps == 0 if config.eval_steps else at_end_of_epoch
+        improved = self.eval_data is not None and (due or last) and self._evaluate()
+        due = self.step % config.save_steps == 0 if config.save_steps else at_end_of_epoch
+        if due or improved:
+            self._save(best=improved)
+
+    @torch.no_grad()
+    def _evaluate(self) -> bool:
+        """Evaluate on the held-out rows; true when the best metric improved."""
+        assert self.eval_data is not None
+        self.model.eval()
+        sums: dict[str, torch.Tensor] = {}
+        count = 0.0
+        for examples in micro_batches(self.eval_data, self.micro_tokens):
+            batch = collate(examples).to(self.device)
+            for name, value in self.objective.evaluate(self.scorer, batch).items():
+                sums[name] = sums.get(name, 0) + value
+            count += batch.count
+        self.model.train()
+        found = {f"eval_{name}": value.item() / max(count, 1e-12) for name, value in sums.items()}
+        found["eval_perplexity"] = math.exp(min(found["eval_loss"], 700.0))
+        self.metrics.update(found)
+        self._evaluated_now = True
+        self.history.add({"step": self.step, **found})
+        for listener in self._listeners("on_evaluate"):
+            listener(self, found)
+        return self._is_best(found)
+
+    def _is_best(self, found: dict[str, float]) -> bool:
+        name, sign = self.config.best_metric.removeprefix("+"), -1 if self.config.best_metric.startswith("+") else 1
+        if name not in found:
+            raise ConfigError(f"best_metric {name!r} is not among the evaluation's metrics: {', '.join(found)}")
+        better = self.best is None or sign * found[name] < sign * self.best["value"]
+        if better:
+            self.best = {"step": self.step, "metric": name, "value": found[name]}
+        return better
+
+    def _save(self, *, best: bool = False) -> None:
+        """Write a checkpoint. A failed one is said aloud and does not end the run: the earlier ones are still there."""
+        folder = self.output / "checkpoints"
+        state = {
+            "step": self.step,
+            "position": self.feed.position(),
+            "drift": self._drift_keys(),
+            "best": self.best,
+            "totals": self.totals,
+            "metrics": self.metrics,
+        }
+        try:
+            path = checkpoint.save(
+                folder / f"step-{self.step:08d}", model=self.model, optimizer=self.optimizer, state=state
+            )
+        except CheckpointError as error:
+            self.console.warn(str(error))
+            return
+        checkpoint.prune(folder, self.config.keep_checkpoints, f"step-{self.best['step']:08d}" if self.best else None)
+        for listener in self._listeners("on_save"):
+            listener(self, path)
+
+    def _drift_keys(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and the run that goes on from it."""
+        settings = {"data": self.feed.fingerprint, "max_length": self.max_length, "too_long": self.config.data.too_long}
+        return {**settings, "objective": repr(self.objective), "total_steps": self.total_steps, **self.feed.settings}
+
+    def _resume(self) -> None:
+        wanted = self.config.resume
+        found = Path(wanted) if not isinstance(wanted, bool) else checkpoint.newest(self.output / "checkpoints")
+        if found is None:
+            self.console.say(f"resume: {self.output} has no whole checkpoint, starting from the beginning")
+            return
+        saved = checkpoint.read_state(found)["run"]
+        changed = {
+            key: (old, self._drift_keys().get(key))
+            for key, old in saved["drift"].items()
+            if self._drift_keys().get(key) != old
+        }
+        if changed and not self.config.allow_drift:
+            listed = ", ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in changed.items())
+            raise CheckpointError(f"{found} was made by another run: {listed}; undo that, or set allow_drift=true")
+        checkpoint.load(found, model=self.model, optimizer=self.optimizer)
+        self.feed.seek(saved["position"])
+        self._steps = iter(self.feed)
+        self.step = self.start_step = saved["step"]
+        self.best, self.totals, self.metrics = saved["best"], saved["totals"], saved["metrics"]
+        self.history.keep_until(self.step)
+        self.console.say(f"resumed from {found} at step {self.step}")
+
+    def _finish(self) -> Run:
+        """Write the trained model and the run's records; a full disk raises, with the run on the error (`error.run`)."""
+        seconds = max(self.totals["seconds"], 1e-9)
+        self.metrics |= {**self.totals, "steps": self.step, "tokens_per_s": self.totals["tokens"] / seconds}
+        self.metrics["peak_bytes"] = peak_bytes(self.device)
+        run = Run(
+            path=self.output, model=self.model, tokenizer=self.tokenizer, metrics=self.metrics, history=self.history,
+            status=self.status, handle=self.handle, best=self.best,
+        )  # fmt: skip
+        trained, total = count_parameters(self.model)
+        about = {
+            "config": json.loads(to_json(self.config)),
+            "status": self.status,
+            "metrics": self.metrics,
+            "best": self.best,
+            "model": {
+                "source": self.source,
+                "parameters": total,
+                "trained_parameters": trained,
+                "precision": str(self.dtype),
+                "device": str(self.device),
+            },
+            "data": self.feed.summary(),
+            "environment": environment(),
+            "started": self.started,
+            "seconds": time.time() - self.started,
+        }
+        try:
+            run.save(about)
+        except CheckpointError as error:
+            error.run = run  # type: ignore[attr-defined]
+            raise
+        return run

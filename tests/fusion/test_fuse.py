@@ -1,0 +1,244 @@
+"""fuse and remove: what is touched, what is put back, what falls back, and what explain says."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import fastpt
+from fastpt.errors import ModelError
+from fastpt.fusion.blocks import Recipe
+from fastpt.fusion.fuse import handle_of
+from tests.tiny import DECODERS, FAMILIES, tiny_model
+
+
+def tokens(*shape):
+    return torch.randint(3, 250, shape)
+
+
+def snapshot(model):
+    """Everything that remove() has to put back."""
+    modules = dict(model.named_modules())
+    return {
+        "instances": {path: dict(module.__dict__) for path, module in modules.items()},
+        "classes": {kind: dict(vars(kind)) for kind in {type(m) for m in modules.values()} | {nn.Module, nn.Linear}},
+        "configs": {path: dict(m.config.__dict__) for path, m in modules.items() if hasattr(m, "config")},
+        "sys.modules": dict(sys.modules),
+        "training": {path: module.training for path, module in modules.items()},
+    }
+
+
+@pytest.mark.parametrize("is_lora", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remove_restores_everything(family, is_lora):
+    model, ids = tiny_model(family), tokens(2, 8)
+    if is_lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    model.train()
+    before, logits = snapshot(model), model(input_ids=ids).logits
+    state, names = {k: v.clone() for k, v in model.state_dict().items()}, [n for n, _ in model.named_parameters()]
+    handle = fastpt.fuse(model)
+    assert fastpt.fuse(model) is handle
+    fused = model.state_dict()
+    assert list(fused) == list(state)
+    assert all(torch.equal(fused[name], state[name]) for name in state)
+    assert [n for n, _ in model.named_parameters()] == names
+    model(input_ids=ids)
+    handle.remove()
+    after = snapshot(model)
+    for what in before:
+        assert after[what] == before[what], what
+    assert torch.equal(model(input_ids=ids).logits, logits)
+    assert handle_of(model) is None
+
+
+def test_leaving_the_with_block_restores_also_after_an_error():
+    model = tiny_model("llama")
+    before = snapshot(model)
+    with pytest.raises(KeyError), fastpt.fuse(model):
+        raise KeyError
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("impl", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", [*DECODERS, "gpt2"])
+def test_generate_is_unchanged(family, impl):
+    if (family, impl) == ("gemma2", "sdpa"):
+        pytest.skip("transformers has no sdpa for gemma2's softcap")
+    model = tiny_model(family)
+    model.set_attn_implementation(impl)
+    ids = tokens(2, 11)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "attention_mask": mask,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    expected = model.generate(ids, **options)
+    with fastpt.fuse(model):
+        assert torch.equal(model.generate(ids, **options), expected)
+        assert torch.equal(model.generate(ids, use_cache=False, **options), expected)
+        assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+
+
+def test_a_hook_inside_sends_its_block_to_the_original():
+    model, ids, seen = tiny_model("llama"), tokens(1, 8), []
+    expected = model(input_ids=ids).logits
+    with fastpt.fuse(model) as handle:
+        hook = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+        model.model.layers[0].register_forward_hook(lambda *_: seen.append(0))  # around a block: no reason to fall back
+        rows = {row.module: row.reason for row in handle.rows}
+        assert rows["model.layers.1"] == "hook on mlp.up_proj"
+        assert "model.layers.0" not in rows
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+        assert seen == [0, 1]
+        hook.remove()
+        model(input_ids=ids)
+        assert seen == [0, 1, 0]
+        assert not any("layers.1" in row.module and row.reason for row in handle.rows)
+
+
+def test_a_hook_inside_before_fusing_leaves_the_block_alone():
+    model = tiny_model("llama")
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: None)
+    with fastpt.fuse(model) as handle:
+        assert handle.reasons == {"model.layers.0": "hook on self_attn"}
+
+
+def test_hooks_for_every_module_and_replaced_parts_run_the_original():
+    model, ids = tiny_model("llama"), tokens(1, 8)
+    with fastpt.fuse(model) as handle:
+        seen = []
+        hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+        model(input_ids=ids)
+        hook.remove()
+        assert seen.count("LlamaMLP") == 2
+        model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp)
+        assert "model.layers.0" in {row.module for row in handle.rows if row.reason}
+        expected = model(input_ids=ids).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bert"])
+def test_inner_outputs_are_given_when_asked_for(family):
+    model, ids = tiny_model(family), tokens(2, 8)
+    model.set_attn_implementation("eager")
+    expected = model(input_ids=ids, output_attentions=True, output_hidden_states=True)
+    with fastpt.fuse(model):
+        got = model(input_ids=ids, output_attentions=True, output_hidden_states=True)
+        model(input_ids=ids)  # transformers' recorder stays, inert: the block is fused again
+        again = model(input_ids=ids, output_hidden_states=True)
+    assert len(got.attentions) == 2
+    for name in ("attentions", "hidden_states"):
+        for a, b in zip(getattr(got, name), getattr(expected, name), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.hidden_states[1], expected.hidden_states[1], rtol=1e-5, atol=1e-5)
+
+
+def test_dense_masks_and_attention_dropout_take_transformers_path():
+    model, ids = tiny_model("llama"), tokens(2, 8)
+    dense = torch.rand(2, 1, 8, 8) > 0.3
+    dense |= torch.eye(8, dtype=torch.bool)
+    expected = model(input_ids=ids, attention_mask=dense).logits
+    with fastpt.fuse(model) as handle:
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=dense).logits, expected)
+        assert "dense mask" in next(p.fallback for p in handle.patches if p.fallback)
+    dropping = tiny_model("llama", attention_dropout=0.5)
+    with fastpt.fuse(dropping) as handle:
+        dropping.train()
+        assert (dropping(input_ids=ids).logits - dropping(input_ids=ids).logits).abs().max() > 1e-3
+        assert "attention dropout 0.5" in handle.patches[0].fallback
+        dropping.eval()
+        torch.testing.assert_close(dropping(input_ids=ids).logits, dropping(input_ids=ids).logits, rtol=0, atol=0)
+        assert handle.patches[0].fallback is None
+
+
+def test_what_computes_something_else_is_left_alone_and_listed():
+    class Doubled(nn.Module):  # the outline of LlamaMLP
+        def __init__(self, mlp):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
+                mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+            )  # fmt: skip
+
+        def forward(self, x):
+            return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    model, ids = tiny_model("llama"), tokens(1, 8)
+    model.model.layers[0].mlp = Doubled(model.model.layers[0].mlp)
+    model.model.layers[1].extra = nn.Linear(2, 2)
+    expected = model(input_ids=ids).logits
+    with fastpt.fuse(model) as handle:
+        assert "computes something else" in handle.reasons["model.layers.0"]
+        assert handle.reasons["model.layers.1"] == "it also has extra"
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["granite", "olmo2", "cohere"])
+def test_relatives_that_differ_are_right_too(model_type):
+    from transformers import AutoConfig
+
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
+    extra = {"granite": {"residual_multiplier": 0.3, "logits_scaling": 4.0, "attention_multiplier": 0.1}}
+    config = AutoConfig.for_model(model_type, **small, **extra.get(model_type, {}))
+    model, ids = AutoModelForCausalLM.from_config(config), torch.randint(1, 64, (2, 9))
+    model.train()
+    expected = model(input_ids=ids, labels=ids).loss
+    with fastpt.fuse(model) as handle:
+        torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected, rtol=1e-5, atol=1e-5)
+        assert not any(isinstance(recipe, Recipe) for recipe in handle.recipes.values())
+        assert handle.reasons["model.layers.0"]
+
+
+def test_a_copy_of_a_fused_model_runs_its_own_parts():
+    model, ids = tiny_model("llama"), tokens(1, 8)
+    with fastpt.fuse(model):
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.mul_(0.9)
+        got = twin(input_ids=ids).logits
+        assert (got - model(input_ids=ids).logits).abs().max() > 1e-3
+    torch.testing.assert_close(twin(input_ids=ids).logits, got, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_alone_by_its_name():
+    for family in ("llama", "gemma2", "bert"):
+        model, ids = tiny_model(family), tokens(2, 12)
+        expected = model(input_ids=ids).logits
+        model.set_attn_implementation("fastpt")
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+        assert "forward" not in model.__dict__
+
+
+def test_explain_lists_every_part(capsys):
+    model = get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    before = snapshot(model)
+    rows = fastpt.explain(model)
+    after = snapshot(model)
+    assert all(after[what] == before[what] for what in before if what != "sys.modules")
+    found = {(row.module.removeprefix("base_model.model."), row.op): row for row in rows}
+    for part in [
+        ("model.layers.1.input_layernorm", "rms_norm"), ("model.layers.1.self_attn.q_proj", "lora_linear"),
+        ("model.layers.1.self_attn.k_proj", "linear"), ("model.layers.1.self_attn.q_norm", "rms_norm"),
+        ("model.layers.1.self_attn", "rope"), ("model.layers.1.self_attn", "attention"),
+        ("model.layers.1.post_attention_layernorm", "add_rms_norm"), ("model.layers.1.mlp", "swiglu"),
+        ("model.norm", "rms_norm"), ("lm_head", "linear_cross_entropy"), ("lm_head", "token_stats"),
+    ]:  # fmt: skip
+        assert found[part].kernel in ("C++", "reference", "torch")
+        assert not found[part].reason
+    assert found[("model.embed_tokens", "")].reason
+    assert "model.layers.0-1.self_attn.q_proj" in capsys.readouterr().out
+
+
+def test_only_transformers_models_can_be_fused():
+    with pytest.raises(ModelError, match="PreTrainedModel"):
+        fastpt.fuse(nn.Linear(2, 2))
