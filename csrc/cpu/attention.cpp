@@ -98,7 +98,7 @@ void forward_block(const AttentionPlan& plan, const Block& block, int64_t q_stri
                    const T* packed_vt, const ForwardTiles<T>& tiles, int64_t out_stride, T* out, float* lse) {
   const Sequence& s = plan.sequences[block.sequence];
   const int64_t columns = padded(block.rows), dim = plan.dim;
-  const float scale = exponent_scale(plan);
+  const float scale = remaining_scale(plan);
   pack_columns(block.rows, dim, q_stride, q, tiles.query);
   std::fill_n(tiles.max, kQueries, -std::numeric_limits<float>::infinity());
   std::fill_n(tiles.sum, kQueries, 0.0f);

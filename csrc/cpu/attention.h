@@ -167,9 +167,9 @@ void score_tile(const AttentionPlan& plan, const Block& block, int64_t first_key
     FASTPT_BY_ISA(attention_mask)(keys, columns, rows, begin, end, scores);
 }
 
-// What turns score_tile's result into powers of 2.
-inline float exponent_scale(const AttentionPlan& plan) {
-  return (plan.softcap > 0 ? 1.0f : plan.scale) * 1.44269504088896341f;
+// What score_tile's result is still to be multiplied by.
+inline float remaining_scale(const AttentionPlan& plan) {
+  return plan.softcap > 0 ? 1.0f : plan.scale;
 }
 
 }  // namespace fastpt

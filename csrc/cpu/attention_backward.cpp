@@ -109,7 +109,7 @@ struct Backward {
     copy_columns(block.rows, plan.dim, k.token, k.at(token, head), packed_kt + at);
   }
 
-  // The block's q and dout in all the layouts that GEMMs want, its lse in powers of 2, and delta = rowsum(dout * out).
+  // The block's q and dout in all the layouts that GEMMs want, its lse, and delta = rowsum(dout * out).
   void load_queries(const Block& block, int64_t token, int64_t head, const BackwardTiles<T>& tiles) const {
     const int64_t rows = block.rows, dim = plan.dim;
     const T *query = q.at(token, head), *dout = grad.at(token, head);
@@ -121,7 +121,7 @@ struct Backward {
     (rows, dim, grad.token, dout, out.token, out.at(token, head), tiles.delta);
     std::fill(tiles.delta + rows, tiles.delta + kQueries, 0.0f);
     std::fill_n(tiles.lse, kQueries, std::numeric_limits<float>::infinity());  // columns without a query weigh 0
-    for (int64_t r = 0; r < rows; ++r) tiles.lse[r] = lse[(token + r) * plan.heads_q + head] * 1.44269504088896341f;
+    for (int64_t r = 0; r < rows; ++r) tiles.lse[r] = lse[(token + r) * plan.heads_q + head];
   }
 
   // Adds to dk_sum and dv_sum [padded keys, dim] what one block of queries of one head gives, and stores its dq.
@@ -141,7 +141,7 @@ struct Backward {
       score_tile(plan, block, key, rows, packed_k + at + key * dim, tiles.query_columns, tiles.scores);
       gemm_tile(rows, columns, dim, dim, kQueries, kQueries, false, packed_v + at + key * dim, tiles.dout_columns,
                 tiles.dweights);
-      score_gradient(rows, columns, exponent_scale(plan), plan.softcap, tiles.scores, tiles.dweights, tiles.lse,
+      score_gradient(rows, columns, remaining_scale(plan), plan.softcap, tiles.scores, tiles.dweights, tiles.lse,
                      tiles.delta, tiles.weights, tiles.dscores, tiles.dscores_pairs);
       gemm_tile(rows, dim, columns, kQueries, dim, dim, true, tiles.weights, tiles.dout_rows, dv_sum + key * dim);
       gemm_tile(rows, dim, columns, kQueries, dim, dim, true, tiles.dscores, tiles.query_rows, dk_sum + key * dim);

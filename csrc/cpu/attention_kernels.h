@@ -59,8 +59,11 @@ inline void attention_mask(int64_t keys, int64_t columns, int64_t rows, int64_t 
   }
 }
 
-// Online softmax: weights = 2^(s - new max), s = scores * scale (scale includes log2 e). Raises max (of unscaled
-// scores), adds to sum, and leaves in rescale what earlier sums and outputs are to be multiplied by.
+constexpr float kLog2E = 1.44269504088896341f;
+
+// Online softmax: weights = e^((score - new max) * scale). Raises max (of unscaled scores), adds to sum, and leaves in
+// rescale what earlier sums and outputs are to be multiplied by. The difference comes first: it is exact near the
+// maximum, where the weight is.
 template <typename T>
 void attention_softmax(int64_t keys, int64_t columns, float scale, const float* __restrict scores,
                        float* __restrict max, float* __restrict sum, float* __restrict rescale, T* __restrict weights) {
@@ -68,10 +71,11 @@ void attention_softmax(int64_t keys, int64_t columns, float scale, const float* 
   std::copy_n(max, columns, top);
   for (int64_t r = 0; r < keys; ++r)
     for (int64_t c = 0; c < columns; ++c) top[c] = std::max(top[c], scores[r * kQueries + c]);
+  scale *= kLog2E;
   for (int64_t c = 0; c < columns; ++c) {
     const bool sees_any = top[c] > -std::numeric_limits<float>::infinity();
-    base[c] = sees_any ? top[c] * scale : 0.0f;  // -inf - (-inf) would be NaN
-    rescale[c] = attention_exp2(max[c] * scale - base[c]);
+    base[c] = sees_any ? top[c] : 0.0f;  // -inf - (-inf) would be NaN
+    rescale[c] = attention_exp2((max[c] - base[c]) * scale);
     max[c] = top[c];
     total[c] = 0.0f;
   }
@@ -79,7 +83,7 @@ void attention_softmax(int64_t keys, int64_t columns, float scale, const float* 
     const float* even = scores + r * kQueries;
     const float* odd = even + kQueries;
     for (int64_t c = 0; c < columns; ++c) {
-      const float p0 = attention_exp2(even[c] * scale - base[c]), p1 = attention_exp2(odd[c] * scale - base[c]);
+      const float p0 = attention_exp2((even[c] - base[c]) * scale), p1 = attention_exp2((odd[c] - base[c]) * scale);
       total[c] += p0 + p1;
       store_pair(weights + r * kQueries, c, p0, p1);
     }
@@ -87,13 +91,14 @@ void attention_softmax(int64_t keys, int64_t columns, float scale, const float* 
   for (int64_t c = 0; c < columns; ++c) sum[c] = sum[c] * rescale[c] + total[c];
 }
 
-// What the last tile leaves to do: lse (natural) of each query, and in factor what its output is to be multiplied by.
+// What the last tile leaves to do: lse of each query, and in factor what its output is to be multiplied by. In double:
+// backward has but this one float for a row's scores, whose rounding error is then no more than that of a score.
 inline void attention_finish(int64_t columns, float scale, const float* max, const float* sum, float* lse,
                              float* factor) {
-  constexpr float kLn2 = 0.693147180559945309f;
   for (int64_t c = 0; c < columns; ++c) {
     const bool sees_any = sum[c] != 0.0f;  // NaN counts as seen
-    lse[c] = sees_any ? max[c] * scale * kLn2 + std::log(sum[c]) : std::numeric_limits<float>::infinity();
+    const double exact = static_cast<double>(max[c]) * scale + std::log(static_cast<double>(sum[c]));
+    lse[c] = sees_any ? static_cast<float>(exact) : std::numeric_limits<float>::infinity();
     factor[c] = sees_any ? 1.0f / sum[c] : 0.0f;
   }
 }
@@ -104,7 +109,7 @@ inline void attention_rescale(int64_t dim, int64_t columns, const float* __restr
     for (int64_t c = 0; c < columns; ++c) out[d * kQueries + c] *= factor[c];
 }
 
-// Recomputes weights from lse (here in powers of 2) and forms the gradient of the scores, ds = p (dp - delta), times
+// Recomputes weights from lse and forms the gradient of the scores, ds = p (dp - delta), times
 // the slope of softcap. Each as a first operand [keys, kQueries], ds also as a second one (the same thing for float).
 template <typename T, bool HasSoftcap>
 void attention_score_gradient(int64_t keys, int64_t columns, float scale, float softcap, const float* __restrict scores,
@@ -118,8 +123,8 @@ void attention_score_gradient(int64_t keys, int64_t columns, float scale, float 
   for (int64_t r = 0; r < keys * kQueries; r += 2 * kQueries) {
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t even = r + c, odd = even + kQueries;
-      const float p0 = attention_exp2(scores[even] * scale - lse[c]);
-      const float p1 = attention_exp2(scores[odd] * scale - lse[c]);
+      const float p0 = attention_exp2((scores[even] * scale - lse[c]) * kLog2E);
+      const float p1 = attention_exp2((scores[odd] * scale - lse[c]) * kLog2E);
       const float d0 = p0 * (dweights[even] - delta[c]) * slope(scores[even]);
       const float d1 = p1 * (dweights[odd] - delta[c]) * slope(scores[odd]);
       store_one(weights + even, p0);
