@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional as F
 
 import fastpt
@@ -103,6 +103,9 @@ def test_an_encoder_needs_fusing_to_keep_packed_documents_apart():
 
 
 def test_models_without_a_head_are_named():
+    prompted = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ModelError, match="prompt-learning"):
+        hidden_states(prompted, torch.tensor([[1]]), position_ids=None, cu_seqlens=None, max_seqlen=None)
     with pytest.raises(ModelError, match="BertForSequenceClassification has no language head"):
         LanguageHead.of(tiny_model("bert"))
     with pytest.raises(ModelError, match="LlamaModel"):
