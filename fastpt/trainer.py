@@ -323,8 +323,15 @@ class Trainer:
 
     def _drift_keys(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it."""
-        settings = {"data": self.feed.fingerprint, "max_length": self.max_length, "too_long": self.config.data.too_long}
-        return {**settings, "objective": repr(self.objective), "total_steps": self.total_steps, **self.feed.settings}
+        tree = json.loads(to_json(self.config))
+        chosen = {
+            "model": self.source,
+            "method": tree["method"],
+            "optim": tree["optim"],
+            "objective": repr(self.objective),
+        }
+        rows = {"data": self.feed.fingerprint, "max_length": self.max_length, "too_long": self.config.data.too_long}
+        return {**chosen, **rows, "total_steps": self.total_steps, **self.feed.settings}
 
     def _resume(self) -> None:
         wanted = self.config.resume
