@@ -3,12 +3,6 @@
 
 constexpr int64_t kLanes = 32;  // independent partial sums: the compiler may not reorder a plain float sum
 
-void transpose_panel(int64_t K, int64_t N, int64_t ldbt, int64_t ldp, const float* Bt, float* packed) {
-  for (int64_t k = 0; k < K; ++k) {
-    for (int64_t n = 0; n < N; ++n) packed[k * ldp + n] = Bt[n * ldbt + k];
-  }
-}
-
 // z = softcap * tanh(scale * (z + bias) / softcap), in place; bias may be null, softcap 0 means none.
 void finish_logits(int64_t rows, int64_t columns, int64_t ld, const float* bias, float scale, float softcap, float* z) {
   for (int64_t r = 0; r < rows; ++r, z += ld) {
@@ -42,7 +36,7 @@ FASTPT_INLINE float floored(float log_p) {
 
 void tile_statistics(int64_t rows, int64_t columns, int64_t ld, const float* z, PanelStats* out) {
   for (int64_t r = 0; r < rows; ++r, z += ld) {
-    PanelStats total{row_max(z, columns), 0.0f, 0.0f, 0.0f};
+    PanelStats total{row_max(z, columns), 0.0, 0.0, 0.0};
     const float max = total.max;
     float sum[kLanes] = {}, sum_xe[kLanes] = {}, sum_z[kLanes] = {};
     int64_t j = 0;
@@ -81,44 +75,40 @@ FASTPT_INLINE float logit_gradient(float z, const RowGradient& g, float scale, f
   return dz * logit_slope(z, scale, softcap);
 }
 
-// The tile's logits become their gradients, rounded into out [rows, ldo] with zeros up to an even number of columns;
-// the target's entry takes its whole value before it is rounded. `first` is the tile's first class.
+// The tile's logits become their gradients, rounded into out [rows, ldo] with zeros up to an even number of columns.
+// The target's entry, by far the largest, goes unrounded to at_target [rows] instead, where `first` is the tile's first
+// class.
 template <typename T>
 void tile_gradient(int64_t rows, int64_t columns, int64_t ld, float* z, const RowGradient* gradient, int64_t first,
-                   float scale, float softcap, float* dbias, int64_t ldo, T* out) {
+                   float scale, float softcap, float* dbias, float* at_target, int64_t ldo, T* out) {
   for (int64_t r = 0; r < rows; ++r, z += ld, out += ldo) {
     const RowGradient g = gradient[r];
     const int64_t target = g.target - first;
     const bool has_target = target >= 0 && target < columns;
-    const float at_target = has_target ? g.of_target * logit_slope(z[target], scale, softcap) : 0.0f;
+    const float slope = has_target ? logit_slope(z[target], scale, softcap) : 0.0f;
     for (int64_t j = 0; j < columns; ++j) z[j] = logit_gradient(z[j], g, scale, softcap);
-    if (has_target) z[target] += at_target;
-    for (int64_t j = 0; j < columns; ++j) out[j] = from_float<T>(z[j]);
-    if (columns % 2 != 0) out[columns] = from_float<T>(0.0f);
+    if (has_target) at_target[r] = z[target] += g.of_target * slope;
     if (dbias != nullptr) {
       for (int64_t j = 0; j < columns; ++j) dbias[j] += z[j];
     }
+    for (int64_t j = 0; j < columns; ++j) out[j] = from_float<T>(z[j]);
+    if (has_target) out[target] = from_float<T>(0.0f);
+    if (columns % 2 != 0) out[columns] = from_float<T>(0.0f);
   }
 }
 
-// out[j, r] = in[r, j]
+// y += a x
 template <typename T>
-void transpose_tile(int64_t rows, int64_t columns, int64_t ldi, const T* in, int64_t ldo, T* out) {
-  constexpr int64_t kSide = 16;
-  for (int64_t j0 = 0; j0 < columns; j0 += kSide) {
-    const int64_t j1 = std::min(columns, j0 + kSide);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = j0; j < j1; ++j) out[j * ldo + r] = in[r * ldi + j];
-    }
-  }
+void add_scaled(int64_t n, float a, const T* x, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] += a * to_float(x[i]);
 }
 
-// out = the sum of `parts` arrays that lie `stride` apart, rounded once.
+// out = a x + the sum of `parts` arrays that lie `stride` apart, rounded once.
 template <typename T>
-void sum_parts(int64_t n, int64_t parts, int64_t stride, const float* in, T* out) {
+void sum_parts(int64_t n, int64_t parts, int64_t stride, const float* in, float a, const T* x, T* out) {
   for (int64_t i = 0; i < n; ++i) {
     float sum = in[i];
     for (int64_t p = 1; p < parts; ++p) sum += in[p * stride + i];
-    out[i] = from_float<T>(sum);
+    out[i] = from_float<T>(sum + a * to_float(x[i]));
   }
 }

@@ -48,7 +48,7 @@ def eager(hidden, weight, bias, targets, lora_a=None, lora_b=None, *, softcap=No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 8, 5), (7, 33, 131), (70, 64, 1000), (130, 129, 515), (5, 700, 2), (4, 16, 1)])
+@pytest.mark.parametrize("shape", [(1, 8, 5), (7, 33, 131), (70, 64, 1000), (130, 129, 515), (60, 700, 7), (4, 16, 1)])
 def test_not_worse_than_eager(shape, dtype):
     *inputs, targets = make(*shape)
     check_against_eager(
@@ -166,11 +166,12 @@ def test_many_chunks_sum_to_the_whole():
     hidden, weight, bias, targets = make(300, 8, 100_000)
     kept = (targets != -100).nonzero().squeeze(1)
     loss = linear_cross_entropy(hidden, weight, targets, bias=bias, kept=kept)
-    exact = reference(hidden.detach(), weight.detach(), targets, kept, -100, bias.detach(), None, None, None, None, 1.0,
-                      0.0, 0.0, True, [True, True, True, False, False])  # fmt: skip
-    torch.testing.assert_close(loss, exact[0])
+    head = [x.detach().double() for x in (hidden, weight, bias)]
+    exact = reference(*head[:2], targets, kept, -100, head[2], None, None, None, None, 1.0, 0.0, 0.0, True,
+                      [True, True, True, False, False])  # fmt: skip
+    torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=0)
     for got, want in zip(torch.autograd.grad(loss, (hidden, weight, bias)), exact[1:4], strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-7 * want.abs().max().item())
 
 
 def test_weight_gradient_reaches_autograd_in_float32():
@@ -194,9 +195,9 @@ def test_gradcheck_opcheck_compile_retain_graph():
             wanted,
         )
     for dtype in (*DTYPES, torch.float64):
-        plain = [x.detach().to(dtype) for x in (hidden, weight, bias)]
+        h, w, b = (x.detach().to(dtype) for x in (hidden, weight, bias))
         wants = [True, True, True, False, False]
-        check_opcheck(_forward, *plain[:2], targets, None, -100, plain[2], None, None, None, None, 1.0, 0.0, 0.0, True, wants)  # fmt: skip
+        check_opcheck(_forward, h, w, targets, None, -100, b, None, None, None, None, 1.0, 0.0, 0.0, True, wants)
     check_compiles(lambda h, w, b: linear_cross_entropy(h, w, targets, bias=b), hidden, weight, bias)
     check_compiles(lambda h, w, b: linear_cross_entropy(h, w, targets, bias=b, reduction="none"), hidden, weight, bias)
     loss = linear_cross_entropy(hidden, weight, targets, bias=bias)
