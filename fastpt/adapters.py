@@ -94,7 +94,8 @@ class MergeReport:
     def __str__(self) -> str:
         return (
             f"merged and adapter model agree on {100 * self.top1:.1f} % of the most likely tokens; "
-            f"KL {self.kl:.1e} nats a token, largest logit difference {self.max_logit_difference:.1e}, over {self.probe_tokens} tokens"
+            f"KL {self.kl:.1e} nats a token, largest logit difference "
+            f"{self.max_logit_difference:.1e}, over {self.probe_tokens} tokens"
         )
 
 

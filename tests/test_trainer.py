@@ -5,9 +5,9 @@ import signal
 
 import pytest
 import torch
-from fastpt.data.batches import collate
 
 import fastpt
+from fastpt.data.batches import collate
 from fastpt.errors import ConfigError, ModelError, TrainingError
 from fastpt.objectives.sft import SFT
 from fastpt.trainer import Trainer

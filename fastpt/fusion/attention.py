@@ -29,7 +29,7 @@ HARMLESS = {
     *("position_ids", "use_cache", "cache_position", "past_key_values", "encoder_hidden_states", "token_type_ids"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "sliding_window", "is_causal", "layer_idx"),
     *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
-    *("num_items_in_batch", "shift_labels"),
+    *("num_items_in_batch", "shift_labels", "seq_idx"),
 }
 
 _recorded: ContextVar[list[dict[str, Any]] | None] = ContextVar("recorded attention calls", default=None)

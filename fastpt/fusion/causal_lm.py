@@ -42,18 +42,23 @@ class TokenOutput(ModelOutput):
 
 @torch.no_grad()
 def verified_head(model: Any) -> LanguageHead:
-    """The model's head, once it reproduces the model's own logits; raises NotFusable or ModelError."""
+    """The model's head, once it reproduces the model's own logits and loss; raises NotFusable or ModelError."""
     head = LanguageHead.of(model)
     embedding = model.get_input_embeddings().weight
     if embedding.is_meta:
         raise NotFusable("weights are not loaded")
+    if model.config.is_encoder_decoder:
+        raise NotFusable("an encoder-decoder makes decoder inputs of its labels")
     ids = torch.arange(1, 5, device=embedding.device)[None] % embedding.shape[0]
     with evaluating(model):
-        theirs = type(model).forward(model, input_ids=ids, use_cache=False).logits.float()
-        ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-    error = (theirs - ours).norm() / theirs.norm().clamp(min=1e-20)
-    if not error <= (1e-4 if embedding.dtype.itemsize >= 4 else 3e-2):
-        raise NotFusable(f"its logits are not hidden states times the head (relative difference {error:.1e})")
+        theirs = type(model).forward(model, input_ids=ids, labels=ids, use_cache=False)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, -2)
+        logits = head.logits(hidden).view_as(theirs.logits).float()
+        loss = head.cross_entropy(hidden, _shifted(ids, None).flatten())
+    error = (theirs.logits.float() - logits).norm() / logits.norm().clamp(min=1e-20)
+    loss_error = (theirs.loss.float() - loss).abs() / loss.abs()
+    if not max(error, loss_error) <= (1e-4 if embedding.dtype.itemsize >= 4 else 3e-2):
+        raise NotFusable(f"its logits or its loss are others (relative differences {error:.1e} and {loss_error:.1e})")
     return head
 
 

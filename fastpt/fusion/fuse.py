@@ -186,16 +186,16 @@ def _fuse_norms(handle: Handle, model: nn.Module, inside: set[nn.Module]) -> Non
 
 
 def _norm_forward(recipe: NormRecipe, patch: Patch) -> Any:
-    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         try:
-            if not patch.is_active:
-                raise NotFusable("removed")
-            norm = recipe.of(self, hidden_states.dtype)
+            if not patch.is_active or len(args) != 1 or kwargs:
+                raise NotFusable("called with more than one tensor")
+            norm = recipe.of(self, args[0].dtype)
         except NotFusable as reason:
             patch.fallback = str(reason)
-            return patch.below(self, hidden_states)
+            return patch.below(self, *args, **kwargs)
         patch.fallback = None
-        return norm(hidden_states)
+        return norm(args[0])
 
     return forward
 

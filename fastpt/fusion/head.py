@@ -52,6 +52,10 @@ def hidden_states(
     Raises: ModelError for a model without a backbone, or one that cannot keep packed documents apart.
     """
     backbone = backbone_of(model)
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ModelError(
+            "a prompt-learning adapter adds tokens of its own, which packed training cannot place; use LoRA"
+        )
     if position_ids is not None:
         position_ids = position_ids.view(-1, input_ids.shape[-1])
     lengths = {}

@@ -198,6 +198,24 @@ def test_relatives_that_differ_are_right_too(model_type):
         assert handle.reasons["model.layers.0"]
 
 
+def test_losses_that_are_not_next_token_prediction_stay():
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
+             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+    config = AutoConfig.for_model("bart", vocab_size=64, d_model=32, dropout=0.0, decoder_start_token_id=0, **sizes)
+    model, ids = AutoModelForSeq2SeqLM.from_config(config).train(), torch.randint(4, 64, (2, 9))
+    expected = model(input_ids=ids, labels=ids).loss
+    with fastpt.fuse(model) as handle:
+        torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
+        assert "decoder inputs" in handle.reasons["BartForConditionalGeneration"]
+    model, ids = tiny_model("llama").train(), tokens(1, 9)
+    with fastpt.fuse(model) as handle:
+        model.loss_function = lambda logits, labels, **_: logits.sum() * 0 + 42
+        assert model(input_ids=ids, labels=ids).loss == 42
+        assert "a loss of its own" in {row.module: row.reason for row in handle.rows if row.reason}["lm_head"]
+
+
 def test_a_copy_of_a_fused_model_runs_its_own_parts():
     model, ids = tiny_model("llama"), tokens(1, 8)
     with fastpt.fuse(model):
