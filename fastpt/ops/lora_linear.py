@@ -43,7 +43,7 @@ def reference(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed) -> tuple[
     offset = flat.new_zeros((), dtype=low) if bias is None else bias.to(low)
     for rows, block, _ in _blocks(flat, low, dropout_p, seed):
         xa[rows] = block @ a.t()
-        y[rows] = torch.addmm(offset, xa[rows], b.t(), alpha=scale)
+        y[rows] = torch.addmm(offset, xa[rows], b.t(), beta=0 if bias is None else 1, alpha=scale)
     y.addmm_(flat, weight.t())
     return y.view(*x.shape[:-1], len(weight)), xa
 
@@ -62,7 +62,7 @@ def reference_backward(grad, x, weight, lora_a, lora_b, xa, scale, dropout_p, se
             dy_block = dy[rows].to(xa.dtype)
             dxa = torch.addmm(zero, dy_block, b, beta=0, alpha=scale)  # [n, R], one rounding
             if wants[4]:
-                db += (xa[rows].t() @ dy_block).t() * scale
+                db += torch.addmm(zero, dy_block.t(), xa[rows], beta=0, alpha=scale)
             if wants[3]:
                 da += dxa.t() @ block
             if wants[0]:
