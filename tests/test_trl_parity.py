@@ -66,7 +66,11 @@ def test_losses_of_trl_stay_the_same_on_a_fused_model(job_of):
 
 
 def test_bf16_losses_are_within_the_spread_of_eager_bf16(job_of):
-    job = job_of("llama", is_fp32=False)
-    exact = losses_of(HandWritten, replace(job, is_fp32=True))
-    spread = (losses_of(HandWritten, job) - exact).abs().max()
-    assert (losses_of(Fastpt, job) - exact).abs().max() <= spread
+    """Over the steps of three models, at a rate where rounding is not amplified from step to step into chance."""
+    ours, eager = [], []
+    for family in ("llama", "qwen3", "mistral"):
+        job = replace(job_of(family, is_fp32=False), lr=1e-3)
+        exact = losses_of(HandWritten, replace(job, is_fp32=True))
+        eager.append((losses_of(HandWritten, job) - exact).abs())
+        ours.append((losses_of(Fastpt, job) - exact).abs())
+    assert torch.cat(ours).max() <= torch.cat(eager).max()
