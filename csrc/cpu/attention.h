@@ -18,10 +18,11 @@
 
 namespace fastpt {
 
-constexpr int64_t kQueries =
-    64;                         // columns of a tile; less wastes fewer masked scores, more rereads dk and dv less often
-constexpr int64_t kKeys = 128;  // rows of a tile: scores of 32 KiB, which the GEMM leaves in L1 or L2
-constexpr int64_t kStep = 16;   // tiles are cut to multiples of this: one vector of queries
+// A tile of scores [kKeys, kQueries] is 32 KiB, which the GEMM leaves in L1 or L2. Fewer queries compute fewer scores
+// that the causal mask throws away, more reread dk and dv less often. Tiles are cut to multiples of kStep, one vector.
+constexpr int64_t kQueries = 64;
+constexpr int64_t kKeys = 128;
+constexpr int64_t kStep = 16;
 
 inline int64_t padded(int64_t n) {
   return (n + kStep - 1) / kStep * kStep;
