@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -109,6 +113,66 @@ def rows(case: Case, timings: list[Timing]) -> Iterator[dict[str, Any]]:
             "gflop_per_s": case.cost.flops / t.median_ms / 1e6,
             "speedup_of_fastpt": t.median_ms / ours.median_ms,
         }
+
+
+def release_memory() -> None:
+    """Give what the allocators hold but nobody uses back to the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
+
+
+class PeakMemory:
+    """The highest memory in use since it was made: allocated bytes on a GPU, else resident bytes of this process.
+
+    Exact where the kernel lets its high-water mark be reset (Linux); elsewhere a thread samples every 10 ms.
+    """
+
+    def __init__(self) -> None:
+        release_memory()
+        self.start_bytes = self._sampled = _bytes_in_use()
+        self._is_exact = torch.cuda.is_available()
+        if self._is_exact:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self._is_exact = True
+        except OSError:
+            self._lifetime_bytes = _lifetime_peak_bytes()
+            threading.Thread(target=self._sample, daemon=True).start()
+
+    @property
+    def peak_bytes(self) -> int:
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+        if self._is_exact:
+            return max(self.start_bytes, _status_bytes("VmHWM"))
+        lifetime = _lifetime_peak_bytes()  # exact once it has grown past what went before
+        return lifetime if lifetime > self._lifetime_bytes else self._sampled
+
+    def _sample(self) -> None:
+        while True:
+            self._sampled = max(self._sampled, _bytes_in_use())
+            time.sleep(0.01)
+
+
+def _bytes_in_use() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return _status_bytes("VmRSS") if Path("/proc/self/status").exists() else _lifetime_peak_bytes()
+
+
+def _status_bytes(field: str) -> int:
+    return next(1024 * int(line.split()[1]) for line in _lines("/proc/self/status") if line.startswith(field))
+
+
+def _lifetime_peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
 def machine() -> dict[str, Any]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal
 
-from fastpt.data.batches import Batch
 from torch import Tensor
 
 import fastpt
+from fastpt.data.batches import Batch
 from fastpt.objectives.base import Scorer
 from fastpt.objectives.sft import SFT
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +71,18 @@ def _with_adapter(model: nn.Module, method: MethodConfig) -> nn.Module:
         **method.peft,
     }
     try:
-        return get_peft_model(model, LoraConfig(**settings))
+        with quiet_peft():
+            return get_peft_model(model, LoraConfig(**settings))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the adapter cannot be made: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the FutureWarning that peft 0.21 draws from transformers 5.23, which a user can do nothing about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -94,7 +106,8 @@ class MergeReport:
     def __str__(self) -> str:
         return (
             f"merged and adapter model agree on {100 * self.top1:.1f} % of the most likely tokens; "
-            f"KL {self.kl:.1e} nats a token, largest logit difference {self.max_logit_difference:.1e}, over {self.probe_tokens} tokens"
+            f"KL {self.kl:.1e} nats a token, largest logit difference "
+            f"{self.max_logit_difference:.1e}, over {self.probe_tokens} tokens"
         )
 
 

@@ -168,8 +168,20 @@ def _restore_optimizer(
     for name, value in {**tensors, **rest["plain"]}.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
+    now = optimizer.state_dict()["param_groups"]
+    configured = (
+        "lr",
+        "initial_lr",
+        "betas",
+        "eps",
+        "weight_decay",
+    )  # a changed setting, where drift is allowed, counts
+    groups = [
+        {**saved, **{key: new[key] for key in configured if key in new}}
+        for saved, new in zip(rest["param_groups"], now, strict=False)
+    ]
     try:
-        optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
     except ValueError as error:
         raise CheckpointError(f"the saved optimizer does not fit this run's parameters: {error}") from error
 

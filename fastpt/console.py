@@ -138,10 +138,10 @@ class Console:
         seconds = max(self._clock() - self._began, 1e-9)
         steps = self._last.get("step", self._first) - self._first
         memory = f", peak memory {size(self._peak_bytes)}" if self._peak_bytes else ""
-        status = getattr(run, "status", "finished")
         self.say(
-            f"{status} after {steps} steps in {duration(seconds)}: {self._tokens / seconds:,.0f} tokens/s in all{memory}"
+            f"{run.status} after {steps} steps in {duration(seconds)}: {self._tokens / seconds:,.0f} tokens/s in all{memory}"
         )
+        self.say(f"report: {run.report}")
 
     def close(self) -> None:
         """Take the bar away (its last state stays on the screen). Harmless when there is none."""

@@ -131,7 +131,12 @@ def _native() -> Finding:
 
     info = native.build_info()
     products = f"matrix products: bf16 {info['gemm_bf16']}, fp32 {info['gemm_fp32']}"
-    return Finding("native kernels", f"built for torch {info['torch']}, run as {info['isa']}; {products}")
+    text = f"built for torch {info['torch']}, run as {info['isa']}; {products}"
+    sources = Path(__file__).resolve().parent.parent / "csrc"  # there in a source tree only
+    changed = max((path.stat().st_mtime for path in sources.rglob("*.*")), default=0.0)
+    if changed > Path(native.__file__).stat().st_mtime:
+        return Finding("native kernels", f"{text}; older than {sources}", "note", f"rebuild them: {_build_command()}")
+    return Finding("native kernels", text)
 
 
 def _gpu() -> Iterator[Finding]:

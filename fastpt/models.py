@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpt.adapters import quiet_peft
 from fastpt.errors import ModelError
 
 
@@ -89,7 +90,8 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
             f"{folder} has an adapter_config.json but no adapter_model.safetensors; save the adapter as safetensors"
         )
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        with quiet_peft():
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(f"the adapter in {folder} does not fit its base model: {error}") from error
 

@@ -68,7 +68,7 @@ def examples_of(
         cache_key=key,
         cache_dir=Path("~/.cache/fastpt/tokenised").expanduser(),
     )
-    say(f"{rows.name}: {found.report}" + (" (from the cache)" if found.from_cache else ""))
+    say(f"{rows.name or 'data'}: {found.report}" + (" (from the cache)" if found.from_cache else ""))
     return found
 
 

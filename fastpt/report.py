@@ -96,7 +96,7 @@ def readable(tree: dict[str, Any]) -> list[tuple[str, str]]:
             rows += [(f"{key}.{name}", text) for name, text in readable(value)]
         elif key.endswith("_bytes") and value:
             rows.append((key.replace("_bytes", " memory").replace("_", " "), size(value)))
-        elif value is not None:
+        elif value is not None and value != []:
             rows.append((key.replace("_", " "), _text(value)))
     return rows
 
@@ -127,15 +127,10 @@ def charts(history: list[dict[str, Any]]) -> list[Any]:
     loss = curve("loss")
     reach = len(loss) // 40  # neighbours on each side
     means = [(step, _mean([y for _, y in loss[max(0, i - reach) : i + reach + 1]])) for i, (step, _) in enumerate(loss)]
+    smoothed: list[Curve] = [("training", "faint", loss), ("its running mean", "first", means)]
+    training: list[Curve] = smoothed if reach else [("training", "first", loss)]
     wanted: list[tuple[str, list[Curve]]] = [
-        (
-            "Loss",
-            [
-                ("training", "faint", loss),
-                ("its running mean", "first", means),
-                ("evaluation", "second", curve("eval_loss")),
-            ],
-        ),
+        ("Loss", [*training, ("evaluation", "second", curve("eval_loss"))]),
         ("Learning rate", [("", "first", curve("lr"))]),
         ("Gradient norm", [("", "first", curve("grad_norm"))]),
         ("Tokens per second", [("", "first", curve("tokens_per_s"))]),

@@ -145,10 +145,7 @@ class Trainer:
     def run(self) -> Run:
         """Train to the end (or to a signal), evaluate, save, and return the run."""
         self.prepare()
-        listeners = self._listeners
         try:
-            for listener in listeners("on_start"):
-                listener(self)
             for _ in self.steps():
                 pass
             if self.eval_data is not None and self.status == "finished" and not self._evaluated_now:
@@ -157,12 +154,14 @@ class Trainer:
         except BaseException:
             self.console.close()
             raise
-        for listener in listeners("on_end"):
+        for listener in self._listeners("on_end"):
             listener(self, run)
         return run
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """Train, yielding one record per optimizer step; logging, evaluation and checkpoints happen on the way."""
+        for listener in self._listeners("on_start"):
+            listener(self)
         self.model.train()
         with stop_on_signals() as stop:
             while self.step < self.total_steps and not stop:
@@ -324,8 +323,15 @@ class Trainer:
 
     def _drift_keys(self) -> dict[str, Any]:
         """What must not change between a checkpoint and the run that goes on from it."""
-        settings = {"data": self.feed.fingerprint, "max_length": self.max_length, "too_long": self.config.data.too_long}
-        return {**settings, "objective": repr(self.objective), "total_steps": self.total_steps, **self.feed.settings}
+        tree = json.loads(to_json(self.config))
+        chosen = {
+            "model": self.source,
+            "method": tree["method"],
+            "optim": tree["optim"],
+            "objective": repr(self.objective),
+        }
+        rows = {"data": self.feed.fingerprint, "max_length": self.max_length, "too_long": self.config.data.too_long}
+        return {**chosen, **rows, "total_steps": self.total_steps, **self.feed.settings}
 
     def _resume(self) -> None:
         wanted = self.config.resume

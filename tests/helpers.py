@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from fastpt.ops._library import MISSING_NATIVE
+
 DTYPES = [torch.float32, torch.bfloat16]
+needs_native = pytest.mark.skipif(MISSING_NATIVE is not None, reason=str(MISSING_NATIVE))
 
 
 def assert_not_worse(

@@ -62,6 +62,7 @@ def test_resume_true_takes_the_newest_whole_one_and_cuts_the_history(tmp_path):
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"data": chat_rows(11)}, "data was"),
         ({"batch_rows": 2}, "batch_rows was 4"),
+        ({"optim": {"lr": 0.5}}, "optim was"),
     ],
 )
 def test_resume_refuses_a_changed_run(tmp_path, change, named):
@@ -70,6 +71,7 @@ def test_resume_refuses_a_changed_run(tmp_path, change, named):
         fastpt.train(**run_settings(tmp_path, **change, resume=True))
     allowed = fastpt.train(**run_settings(tmp_path, **change, resume=True, allow_drift=True))
     assert allowed.status == "finished"
+    assert allowed.history[-1]["lr"] > 0
 
 
 def test_full_disk_leaves_the_earlier_checkpoint_and_says_so(tmp_path, monkeypatch, capsys):
@@ -140,7 +142,7 @@ KILLED = """
         print(boundary, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
-BOUNDARIES = range(1, 30, 2)
+BOUNDARIES = (*range(1, 36, 4), 500)
 
 
 @pytest.fixture(scope="module")

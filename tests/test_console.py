@@ -22,6 +22,9 @@ def plain_environment(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
 
 
+RUN = SimpleNamespace(status="finished", report="runs/x/report.html")
+
+
 def trainer(total=400, start=0):
     return SimpleNamespace(total_steps=total, start_step=start)
 
@@ -73,12 +76,13 @@ def test_terminal_shows_a_bar_and_never_hides_the_cursor():
     assert shown > hidden, "the cursor is hidden while the run is on, and a kill would leave it so"
     for step in range(1, 11):
         console.on_step(None, record(step))
-    console.on_end(None, SimpleNamespace(status="finished"))
+    console.on_end(None, RUN)
     written = screen.getvalue()
     assert "10/10" in written
     assert "1,234 tok/s" in written
     assert written.rfind("\x1b[?25h") > written.rfind("\x1b[?25l")
     assert "finished after 10 steps" in written
+    assert "report: runs/x/report.html" in written
 
 
 def test_a_failing_run_takes_its_bar_away():
@@ -115,7 +119,7 @@ def test_quiet_prints_warnings_and_skipped_steps_only():
     console.on_start(trainer())
     console.on_step(None, record(1))
     console.on_evaluate(None, {"eval_loss": 1.0})
-    console.on_end(None, SimpleNamespace(status="finished"))
+    console.on_end(None, RUN)
     assert log.getvalue() == ""
     console.warn("disk full")
     console.on_step(None, record(2, loss=float("nan"), grad_norm=1.0, skipped=True, rows=["d.jsonl:7", "d.jsonl:9"]))

@@ -1,5 +1,9 @@
 """fastpt doctor: every finding with its remedy, with and without the native kernels."""
 
+import os
+
+import pytest
+
 import fastpt.doctor as doctor
 from fastpt.doctor import Finding, diagnose, op_table, print_diagnosis
 from fastpt.ops import _library
@@ -61,6 +65,17 @@ def test_a_native_module_of_another_torch(monkeypatch, capsys):
     )
     assert print_diagnosis() is False
     assert "which kernel serves" not in capsys.readouterr().out
+
+
+def test_a_native_module_older_than_its_sources(monkeypatch, tmp_path):
+    native = pytest.importorskip("fastpt._C")
+    built = tmp_path / "_C.so"
+    built.touch()
+    os.utime(built, (0, 0))
+    monkeypatch.setattr(native, "__file__", str(built))
+    finding = by_topic(diagnose())["native kernels"]
+    assert finding.level == "note"
+    assert "older than" in finding.text
 
 
 def test_missing_and_old_packages(monkeypatch):

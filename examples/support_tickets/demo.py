@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from score import HELD_OUT, MAX_NEW_TOKENS, Messages, load, questions_and_tickets, score, table
 
 import fastpt
@@ -37,14 +39,13 @@ def answers_before(model: str, questions: list[Messages]) -> list[str]:
     return generate_batch(base.model, base.tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS)
 
 
-def show_samples(console: Console, questions: list[Messages], before: list[str], after: list[str]) -> None:
+def samples(questions: list[Messages], before: list[str], after: list[str]) -> Table:
     """The first two messages with the answers of the two models."""
+    grid = Table.grid(padding=(0, 1, 1, 0))
     for question, old, new in list(zip(questions, before, after, strict=True))[:2]:
-        console.rule(style="dim")
-        for title, text in (("message", question[-1]["content"]), ("before", old), ("after", new)):
-            console.print(f"[bold]{title:>8}[/]", end=" ")
-            console.print(text.strip(), markup=False, highlight=False)
-    console.rule(style="dim")
+        for name, text in (("message", question[-1]["content"]), ("before", old), ("after", new)):
+            grid.add_row(Text(name, style="bold"), Text(text.strip()))
+    return grid
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,11 +75,11 @@ def main() -> None:
     after = run.generate(questions, max_new_tokens=MAX_NEW_TOKENS)
 
     scores = {"before": score(before, tickets), "after": score(after, tickets)}
-    show_samples(console, questions, before, after)
+    console.print(samples(questions, before, after))
     console.print(table(scores))
     seconds, tokens_per_s, peak = (run.metrics[name] for name in ("seconds", "tokens_per_s", "peak_bytes"))
     console.print(f"training: {seconds:.0f} s, {tokens_per_s:,.0f} tokens/s, peak memory {peak / 2**30:.2f} GiB")
-    console.print(f"run: {run.path}   (fastpt chat {run.path})")
+    console.print(f"run: {run.path} (talk to it: fastpt chat {run.path})", soft_wrap=True)
     if options.require is not None and scores["after"].fields_right < options.require:
         sys.exit(f"only {scores['after'].fields_right:.3f} of the fields are right, {options.require} are required")
 

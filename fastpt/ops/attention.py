@@ -208,12 +208,12 @@ def attention(
     """
     if cu_seqlens_k is cu_seqlens_q:  # torch.compile refuses one tensor twice
         cu_seqlens_k = None
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, softcap)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, softcap, scale)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     return _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale)
 
 
-def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, softcap) -> None:
+def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, softcap, scale) -> None:
     shapes = f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, v {list(v.shape)} {v.dtype}"
     if not (q.dim() == k.dim() == 3 and k.shape == v.shape and q.dtype == k.dtype == v.dtype):
         raise RuntimeError(f"attention: {shapes}; they must be [Tq, Hq, K], [Tk, Hkv, K], [Tk, Hkv, K] of one dtype")
@@ -225,3 +225,5 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, softcap) -> None:
         raise RuntimeError(f"attention: window is {window}; it counts the query's own key, so give at least 1 or None")
     if softcap is not None and softcap <= 0:
         raise RuntimeError(f"attention: softcap is {softcap}; give a positive number or None")
+    if scale is not None and scale <= 0:
+        raise RuntimeError(f"attention: scale is {scale}; give a positive number or None")

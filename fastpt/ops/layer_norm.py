@@ -28,9 +28,8 @@ def reference_backward(
     scaled = grad if weight is None else grad * weight.to(rstd.dtype)
     along = (scaled * normed).mean(-1, keepdim=True)
     dx = rstd.unsqueeze(-1) * (scaled - scaled.mean(-1, keepdim=True) - normed * along)
-    rows = (-1, x.shape[-1])
-    dweight = (grad * normed).reshape(rows).sum(0) if wants_weight else rstd.new_empty(0)
-    dbias = grad.reshape(rows).sum(0) if wants_bias else rstd.new_empty(0)
+    dweight = (grad * normed).sum_to_size(x.shape[-1]) if wants_weight else rstd.new_empty(0)
+    dbias = grad.sum_to_size(x.shape[-1]) if wants_bias else rstd.new_empty(0)
     return dx.to(x.dtype).contiguous(), dweight, dbias
 
 

@@ -22,7 +22,7 @@ def reference(
     head = Head(hidden, weight, bias, low_hidden, low_weight, softcap, logit_scale)
     kept = kept_rows(targets, kept, ignore_index)
     grads = head.zero_grads(wants)
-    loss = hidden.new_zeros((), dtype=head.wide)
+    loss = hidden.new_zeros((), dtype=torch.float64)
     if class_weight is None:
         column_weight, row_weight = hidden.new_ones((), dtype=head.wide), hidden.new_ones(len(kept), dtype=head.wide)
     else:
@@ -36,16 +36,23 @@ def reference(
         z, y = head.logits(rows), targets[rows]
         w = row_weight[start : start + len(rows)]
         start += len(rows)
-        logprob, _, lse, mean_logit, _ = row_statistics(z, y, class_weight)
-        loss += share * ((label_smoothing - 1) * w * logprob + z_loss * lse**2).sum()
+        logprob, _, max_logit, log_sum, mean_logit, _ = row_statistics(z, y, class_weight)
+        lse = max_logit + log_sum
+        loss += share * ((label_smoothing - 1) * w * logprob + z_loss * lse**2).sum(dtype=loss.dtype)
         if label_smoothing > 0:  # only then, for a mean with -inf in it
-            loss += share * label_smoothing * (column_weight.mean() * lse - mean_logit).sum()
+            loss += share * label_smoothing * (column_weight.mean() * lse - mean_logit).sum(dtype=loss.dtype)
         if any(wants):
             of_p = (1 - label_smoothing) * w + label_smoothing * column_weight.mean() + 2 * z_loss * lse
-            dz = (z - lse[:, None]).exp_().mul_(of_p[:, None]).sub_(smoothing * column_weight)
+            dz = (
+                (z - max_logit[:, None])
+                .sub_(log_sum[:, None])
+                .exp_()
+                .mul_(of_p[:, None])
+                .sub_(smoothing * column_weight)
+            )
             dz.scatter_add_(1, y[:, None], (label_smoothing - 1) * w[:, None])
             head.add_grads(grads, wants, rows, z, dz.mul_(share))
-    return (loss, *grads)
+    return (loss.to(head.wide), *grads)
 
 
 def _fake(hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_weight, *rest):

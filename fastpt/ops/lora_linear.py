@@ -43,7 +43,7 @@ def reference(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed) -> tuple[
     offset = flat.new_zeros((), dtype=low) if bias is None else bias.to(low)
     for rows, block, _ in _blocks(flat, low, dropout_p, seed):
         xa[rows] = block @ a.t()
-        y[rows] = torch.addmm(offset, xa[rows], b.t(), alpha=scale)
+        y[rows] = torch.addmm(offset, xa[rows], b.t(), beta=0 if bias is None else 1, alpha=scale)
     y.addmm_(flat, weight.t())
     return y.view(*x.shape[:-1], len(weight)), xa
 
@@ -56,12 +56,13 @@ def reference_backward(grad, x, weight, lora_a, lora_b, xa, scale, dropout_p, se
     dx2 = dx.view(flat.shape) if wants[0] else dx
     for array in (da, db):
         array.zero_()
+    zero = xa.new_zeros(())
     if wants[0] or wants[3] or wants[4]:
         for rows, block, factor in _blocks(flat, xa.dtype, dropout_p, seed):
             dy_block = dy[rows].to(xa.dtype)
-            dxa = (dy_block @ b) * scale  # [n, R]
+            dxa = torch.addmm(zero, dy_block, b, beta=0, alpha=scale)  # [n, R], one rounding
             if wants[4]:
-                db += (xa[rows].t() @ dy_block).t() * scale
+                db += torch.addmm(zero, dy_block.t(), xa[rows], beta=0, alpha=scale)
             if wants[3]:
                 da += dxa.t() @ block
             if wants[0]:
@@ -157,8 +158,8 @@ def lora_linear(
     """x @ weight.T + bias + scale * dropout(x) @ lora_a.T @ lora_b.T, or DoRA when `magnitude` is given.
 
     Shapes: x [..., D], weight [O, D], bias and magnitude [O], lora_a [R, D], lora_b [O, R] -> [..., O], x's dtype.
-    DoRA: magnitude / |weight + scale * lora_b @ lora_a| (a constant in backward, as in PEFT) times the result without
-    bias. Dropout touches the input of the low-rank term only; its mask is drawn from `seed` (by default one from torch's
+    DoRA: magnitude / |weight + scale * lora_b @ lora_a| (the norm a constant in backward, as in PEFT) times the result
+    without bias. Dropout touches the input of the low-rank term only; its mask is drawn from `seed` (by default one from torch's
     generator) and drawn again in backward, never stored.
     Numerics: adapters of a wider dtype than x are used unrounded, in row blocks; their gradients are sums in float32.
     Raises: RuntimeError when shapes or dtypes do not fit.
@@ -170,9 +171,10 @@ def lora_linear(
         seed = int(torch.randint(2**62, ()))
     if magnitude is None:
         return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    y = _LoraLinear.apply(x, weight, None, lora_a, lora_b, scale, dropout_p, seed)
-    y = y * (magnitude / _row_norms(weight, lora_a, lora_b, scale))
-    return (y if bias is None else y + bias).to(x.dtype)
+    # DoRA is LoRA with the rows of weight and lora_b scaled; autograd carries the gradient on to the magnitude.
+    ratio = (magnitude / _row_norms(weight, lora_a, lora_b, scale))[:, None]
+    weight, lora_b = (ratio * weight).to(x.dtype), (ratio * lora_b).to(lora_b.dtype)
+    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
 
 
 @torch.no_grad()

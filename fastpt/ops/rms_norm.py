@@ -51,7 +51,7 @@ def reference_backward(
     dx = rstd.unsqueeze(-1) * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     if grad_sum is not None:
         dx = dx + grad_sum
-    dweight = (grad * normed).reshape(-1, weight.numel()).sum(0) if wants_weight else rstd.new_empty(0)
+    dweight = (grad * normed).sum_to_size(weight.shape) if wants_weight else rstd.new_empty(0)
     return dx.to(x.dtype).contiguous(), dweight
 
 

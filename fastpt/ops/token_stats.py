@@ -24,21 +24,24 @@ class TokenStats(NamedTuple):
 
 
 def row_statistics(z: Tensor, y: Tensor, class_weight: Tensor | None) -> tuple[Tensor, ...]:
-    """logprob, entropy, logsumexp, (class-weighted) mean logit and is_top1 of logits z [n, V] and targets y [n]."""
-    logsumexp = z.logsumexp(1)
+    """logprob, entropy, max, log of the sum of e^(z - max), (class-weighted) mean and is_top1 of logits z [n, V], targets y.
+
+    log p is z - max - log_sum: against a rounded logsumexp every p of the row would share its rounding.
+    """
     target = z.gather(1, y[:, None]).squeeze(1)
-    entropy = torch.special.entr((z - logsumexp[:, None]).exp_()).sum(1)
+    max_logit = z.amax(1)
+    log_sum = (z - max_logit[:, None]).exp_().sum(1).log_()
+    entropy = torch.special.entr((z - max_logit[:, None]).sub_(log_sum[:, None]).exp_()).sum(1)
     mean_logit = z.mean(1) if class_weight is None else (z @ class_weight.to(z.dtype)) / z.shape[1]
-    return target - logsumexp, entropy, logsumexp, mean_logit, target >= z.amax(1)
+    return target - max_logit - log_sum, entropy, max_logit, log_sum, mean_logit, target >= max_logit
 
 
 def reference(
     hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_weight, class_weight, softcap, logit_scale
 ):
-    """The definition. Outputs [T]: logprob, entropy, logsumexp, mean logit (for label smoothing), is_top1."""
+    """The definition: vectors [T] as in row_statistics, 0 in rows without a target; the mean is for label smoothing."""
     head = Head(hidden, weight, bias, low_hidden, low_weight, softcap, logit_scale)
-    vectors = [hidden.new_zeros(len(hidden), dtype=head.wide) for _ in range(4)]
-    vectors.append(hidden.new_zeros(len(hidden), dtype=torch.bool))
+    vectors = [torch.zeros_like(vector) for vector in _fake(hidden)]
     for rows in head.chunks(kept_rows(targets, kept, ignore_index)):
         for vector, values in zip(vectors, row_statistics(head.logits(rows), targets[rows], class_weight), strict=True):
             vector[rows] = values
@@ -46,16 +49,16 @@ def reference(
 
 
 def reference_backward(
-    dlogprob, dentropy, dlogsumexp, dmean_logit, entropy, logsumexp,
+    dlogprob, dentropy, dlogsumexp, dmean_logit, entropy, max_logit, log_sum,
     hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_weight, class_weight, softcap, logit_scale, wants,
 ):  # fmt: skip
     head = Head(hidden, weight, bias, low_hidden, low_weight, softcap, logit_scale)
     grads = head.zero_grads(wants)
-    # With log p = z - lse: d(logprob) = 1[v = y] - p, d(lse) = p, d(entropy) = -p (log p + entropy).
+    # d(logprob) = 1[v = y] - p, d(lse) = p, d(entropy) = -p (log p + entropy).
     of_p = dlogsumexp - dlogprob - dentropy * entropy
     for rows in head.chunks(kept_rows(targets, kept, ignore_index)):
         z = head.logits(rows)
-        log_p = z - logsumexp[rows, None]
+        log_p = z - max_logit[rows, None] - log_sum[rows, None]
         dz = log_p.exp() * (of_p[rows, None] - dentropy[rows, None] * log_p.clamp_(min=-104))  # e^-104 is 0 in float32
         spread = dmean_logit[rows, None] / z.shape[1]
         dz += spread if class_weight is None else spread * class_weight
@@ -66,12 +69,12 @@ def reference_backward(
 
 def _fake(hidden, *_):
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    vectors = [hidden.new_empty(len(hidden), dtype=wide) for _ in range(4)]
+    vectors = [hidden.new_empty(len(hidden), dtype=wide) for _ in range(5)]
     return (*vectors, hidden.new_empty(len(hidden), dtype=torch.bool))
 
 
 def _fake_backward(
-    dlogprob, dentropy, dlogsumexp, dmean_logit, entropy, logsumexp,
+    dlogprob, dentropy, dlogsumexp, dmean_logit, entropy, max_logit, log_sum,
     hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_weight, class_weight, softcap, logit_scale, wants,
 ):  # fmt: skip
     return tuple(empty_grads([hidden, weight, bias, low_hidden, low_weight], wants))
@@ -82,20 +85,20 @@ def _cost(hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_wei
 
 
 def _cost_backward(*args):
-    hidden, weight, _, kept, _, bias, low_hidden, low_weight = args[6:14]
+    hidden, weight, _, kept, _, bias, low_hidden, low_weight = args[7:15]
     gemms = 1 + args[-1][0] + args[-1][1]
     return cost(hidden, weight, kept, bias, low_hidden, low_weight, gemms, _fake_backward(*args))
 
 
 _forward = register(
-    f"token_stats({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"token_stats({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
     cost=_cost,
 )
 _backward = register(
     "token_stats_backward(Tensor dlogprob, Tensor dentropy, Tensor dlogsumexp, Tensor dmean_logit, Tensor entropy, "
-    f"Tensor logsumexp, {SCHEMA}, bool[5] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor max_logit, Tensor log_sum, {SCHEMA}, bool[5] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=_fake_backward,
     cost=_cost_backward,
@@ -107,27 +110,24 @@ class _TokenStats(torch.autograd.Function):
     def forward(
         ctx, hidden, weight, bias, low_hidden, low_weight, targets, kept, class_weight, ignore_index, softcap, logit_scale
     ):  # fmt: skip
-        outputs = _forward(
+        logprob, entropy, max_logit, log_sum, mean_logit, is_top1 = _forward(
             hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_weight, class_weight, softcap, logit_scale
         )  # fmt: skip
-        _, entropy, logsumexp, _, is_top1 = outputs
         ctx.save_for_backward(
-            hidden, weight, bias, low_hidden, low_weight, targets, kept, class_weight, entropy, logsumexp
+            hidden, weight, bias, low_hidden, low_weight, targets, kept, class_weight, entropy, max_logit, log_sum
         )
         ctx.scalars = ignore_index, softcap, logit_scale
         ctx.mark_non_differentiable(is_top1)
-        return outputs
+        return logprob, entropy, max_logit + log_sum, mean_logit, is_top1
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogprob, dentropy, dlogsumexp, dmean_logit, _):
-        hidden, weight, bias, low_hidden, low_weight, targets, kept, class_weight, entropy, logsumexp = (
-            ctx.saved_tensors
-        )
+        hidden, weight, bias, low_hidden, low_weight, targets, kept, class_weight, *stats = ctx.saved_tensors
         ignore_index, softcap, logit_scale = ctx.scalars
         wants = list(ctx.needs_input_grad[:5])
         grads = _backward(
-            dlogprob, dentropy, dlogsumexp, dmean_logit, entropy, logsumexp, hidden, weight, targets, kept,
+            dlogprob, dentropy, dlogsumexp, dmean_logit, *stats, hidden, weight, targets, kept,
             ignore_index, bias, low_hidden, low_weight, class_weight, softcap, logit_scale, wants,
         )  # fmt: skip
         return (*(g if wanted else None for g, wanted in zip(grads, wants, strict=True)), *[None] * 6)

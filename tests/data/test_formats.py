@@ -37,6 +37,9 @@ def test_known_shapes_are_one_conversation(name, row):
 
 def test_details_of_shapes():
     assert convert({"text": "plain"}) == Text("plain")
+    assert convert({"messages": None, "text": "a table fills what a row lacks with None"}) == Text(
+        "a table fills what a row lacks with None"
+    )
     assert convert({"instruction": "Add", "input": "2 2", "output": "4"}).messages[0]["content"] == "Add\n\n2 2"
     with_system = convert(
         {"system": "Be brief.", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}

@@ -100,18 +100,24 @@ def test_same_words_in_question_and_answer(make_tokenizer):
     assert trained_runs(tokenizer, [example]) == [["yes<|im_end|>", "yes yes<|im_end|>"]]
 
 
+def test_answer_that_begins_like_the_prompt_ends(make_tokenizer):
+    tokenizer = make_tokenizer("deepseek")  # whose prompt ends in "<think>", which the rendered turn does not have
+    assert trained_runs(tokenizer, render_conversation(tokenizer, talk("a", "<thin>b"), "x")) == [["<thin>b</s>"]]
+
+
 def test_merged_tokens_at_the_boundary_are_trained(make_tokenizer):
     """A tokenizer that merges ':' with what follows gives a token that is half prompt, half answer."""
     from tokenizers import Tokenizer, models
 
     tokenizer = make_tokenizer("open")
     letters = sorted({*"ASISTANT: USER2?Four.\n", "<", "/", "s", ">"})
-    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*letters, ": "])}, merges=[(":", " ")]))
+    vocabulary = {token: i for i, token in enumerate([*letters, ": ", ": F"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", " "), (": ", "F")]))
     backend.add_special_tokens(["</s>"])
     tokenizer = type(tokenizer)(tokenizer_object=backend, eos_token="</s>", chat_template=tokenizer.chat_template)
     (example,) = render_conversation(tokenizer, talk("2?", "Four."), "row 1")
     first = int(np.argmax(example.trained))
-    assert tokenizer.convert_ids_to_tokens(int(example.input_ids[first])) == ": "
+    assert tokenizer.convert_ids_to_tokens(int(example.input_ids[first])) == ": F"
 
 
 def test_special_token_that_takes_white_space_is_not_trained(make_tokenizer):

@@ -1,5 +1,7 @@
 """Schedules: warm-up, shape, ends."""
 
+import itertools
+
 import pytest
 
 from fastpt.config import OptimConfig
@@ -15,7 +17,7 @@ def test_warmup_is_a_share_or_a_number():
     assert warmup_steps(OptimConfig(warmup=7), 50) == 7
     curve = _curve(warmup=10, schedule="constant")
     assert curve[0] == pytest.approx(1 / 11)
-    assert all(a < b for a, b in zip(curve[:10], curve[1:11], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(curve))
     assert curve[10:] == [1.0] * 90
 
 
@@ -23,7 +25,7 @@ def test_warmup_is_a_share_or_a_number():
 def test_falls_to_min_lr(schedule):
     curve = _curve(warmup=0, schedule=schedule, min_lr=0.1)
     assert curve[0] == 1.0
-    assert all(a >= b for a, b in zip(curve, curve[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(curve))
     assert 0.1 < curve[-1] < 0.2
     assert lr_scale(OptimConfig(warmup=0, schedule=schedule, min_lr=0.1), 100, 100) == pytest.approx(0.1)
 

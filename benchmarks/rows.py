@@ -1,0 +1,86 @@
+"""The rows that every peer of a training benchmark sees, tokenised once: full rows of text, or real questions and answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastpt.errors import DataError
+
+IGNORED = -100
+
+
+class Row(NamedTuple):
+    """One training example: its tokens, and which of them are targets (0 or 1 each)."""
+
+    input_ids: list[int]
+    completion_mask: list[int]
+
+    @property
+    def labels(self) -> list[int]:
+        pairs = zip(self.input_ids, self.completion_mask, strict=True)
+        return [token if trained else IGNORED for token, trained in pairs]
+
+
+def default_data() -> Path:
+    """GSM8K's training questions in $FASTPT_DATA, or in shared/data beside the repository."""
+    folder = os.environ.get("FASTPT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
+    return Path(folder) / "gsm8k_train.jsonl"
+
+
+def load(work: str, tokenizer: Any, data: Path, *, count: int, length: int) -> list[Row]:
+    """The first `count` rows of a jsonl file, in its order, none longer than `length` tokens.
+
+    `packed`: the texts of the file one after another, cut into rows of exactly `length`, every token a target.
+    `gsm8k`: one row per question through the chat template, only the answer's tokens are targets.
+
+    Raises: DataError for a file that is missing, is not jsonl or has too few rows.
+    """
+    if not data.is_file():
+        raise DataError(
+            f"no data at {data}: name a jsonl file by --data, or set FASTPT_DATA to a folder with gsm8k_train.jsonl"
+        )
+    make = {"packed": _packed, "gsm8k": _answers}[work]
+    rows = [row for row, _ in zip(make(tokenizer, _records(data), length), range(count), strict=False)]
+    if len(rows) < count:
+        raise DataError(f"{data} gives {len(rows)} rows of {work}, {count} are needed: ask for fewer steps or rows")
+    return rows
+
+
+def _records(data: Path) -> Iterator[dict[str, Any]]:
+    with data.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{data}:{number} is not a JSON object ({error}): the benchmark reads jsonl") from None
+
+
+def _packed(tokenizer: Any, records: Iterator[dict[str, Any]], length: int) -> Iterator[Row]:
+    pending: list[int] = []
+    for record in records:
+        text = "\n".join(value for value in record.values() if isinstance(value, str))
+        pending += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        while len(pending) >= length:
+            yield Row(pending[:length], [1] * length)
+            pending = pending[length:]
+
+
+def _answers(tokenizer: Any, records: Iterator[dict[str, Any]], length: int) -> Iterator[Row]:
+    def encode(text: str) -> list[int]:  # the template writes the special tokens
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for record in records:
+        user = {"role": "user", "content": record["question"]}
+        assistant = {"role": "assistant", "content": record["answer"]}
+        prompt = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+        if not whole.startswith(prompt):
+            raise DataError("the chat template renders a prompt differently once it is answered: use --work packed")
+        question, answer = encode(prompt), encode(whole[len(prompt) :])
+        mask = [0] * len(question) + [1] * len(answer)
+        if any(mask[1:length]):  # else the cut left nothing to learn
+            yield Row((question + answer)[:length], mask[:length])

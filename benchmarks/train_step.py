@@ -1,0 +1,237 @@
+"""Time training steps of fastpt and its peers on the same rows: python -m benchmarks.train_step --model DIR --work packed.
+
+Each peer has a process of its own; they take turns round by round, so that drift of the machine hits all alike. The first step of
+a round warms memory and caches and is not timed (the very first one also compiles and packs); medians are reported.
+`peak_above_weights_bytes` is the peak from then on, minus what is resident after imports and with all weights touched:
+gradients, optimizer state, activations and copies of weights in another layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import harness, rows, toy, worker
+from benchmarks.peers import PEERS, Job, save_adapter
+
+ROUNDS = 3
+
+
+class Contestant:
+    """The parent's end of one peer: what it measured so far, or why it is out."""
+
+    def __init__(self, name: str, job: Job, steps_per_round: int, log: Path):
+        self.name, self.log = name, log
+        self.built: dict[str, int] = {}
+        self.rounds: list[list[worker.Step]] = []
+        self.peak_bytes = 0
+        self.failure: str | None = None
+        self.absence = PEERS[name].missing()
+        if self.absence is None:
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            arguments = (theirs, name, job, steps_per_round, str(log))
+            self._process = context.Process(target=worker.main, args=arguments, daemon=True)
+            self._process.start()
+            theirs.close()
+
+    @property
+    def is_running(self) -> bool:
+        return self.absence is None and self.failure is None
+
+    def wait_until_built(self) -> None:
+        self.built = self._receive() or {}
+
+    def run_round(self) -> None:
+        answer = self._receive("go")
+        if answer:
+            self.rounds.append(answer["steps"])
+            self.peak_bytes = answer["peak_bytes"]
+
+    def stop(self) -> None:
+        if self.absence is not None:
+            return
+        with suppress(ConnectionError):
+            self._connection.send("stop")
+        self._process.join(timeout=3)
+        self._process.kill()
+        self._process.join()
+
+    def _receive(self, order: str | None = None) -> dict[str, Any] | None:
+        try:
+            if order is not None:
+                self._connection.send(order)
+            kind, answer = self._connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            kind, answer = "failed", f"its process ended with code {self._process.exitcode} (-9: out of memory?)"
+        if kind == "failed":
+            self.failure = f"{answer}\n{_tail(self.log)}"
+            return None
+        return answer
+
+    def record(self) -> dict[str, Any]:
+        """The figures of its JSON line; rounds that were finished count even if a later one failed."""
+        found: dict[str, Any] = {"peer": self.name, "skipped": self.absence, "failed": self.failure}
+        found = {key: value for key, value in found.items() if value is not None}
+        if not self.rounds:
+            return found if len(found) > 1 else {**found, "skipped": "stopped before its first round"}
+        timed = [steps[1:] for steps in self.rounds]
+        rates = [sum(step.tokens for step in steps) / sum(step.seconds for step in steps) for steps in timed]
+        return {
+            **found,
+            "tokens_per_s": statistics.median(rates),
+            "step_s": statistics.median(step.seconds for steps in timed for step in steps),
+            "peak_bytes": self.peak_bytes,
+            **self.built,
+            "peak_above_weights_bytes": self.peak_bytes - self.built["resident_bytes"],
+            "tokens": sum(step.tokens for steps in timed for step in steps),
+            "rounds_tokens_per_s": rates,
+            "losses": [step.loss for steps in self.rounds for step in steps],
+        }
+
+
+def compare(names: list[str], job: Job, steps_per_round: int, rounds: int, console: Console) -> list[dict[str, Any]]:
+    """Run all peers in turns; one record per peer, also for those that could not take part."""
+    with tempfile.TemporaryDirectory() as logs:
+        contestants = [Contestant(name, job, steps_per_round, Path(logs) / f"{i}.log") for i, name in enumerate(names)]
+        try:
+            for one in contestants:
+                if one.is_running:
+                    one.wait_until_built()
+            for number in range(1, rounds + 1):
+                for one in contestants:
+                    if one.is_running:
+                        one.run_round()
+                        console.print(f"round {number}/{rounds}  {one.name:12} {_last_round(one)}")
+        except KeyboardInterrupt:
+            console.print("stopped: reporting the rounds that were finished")
+        finally:
+            for one in contestants:
+                one.stop()
+        return [one.record() for one in contestants]
+
+
+def _last_round(one: Contestant) -> str:
+    if one.failure:
+        return "failed"
+    return ", ".join(f"{step.seconds:.2f} s" for step in one.rounds[-1]) + f", loss {one.rounds[-1][-1].loss:.4f}"
+
+
+def _tail(log: Path, lines: int = 12) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
+
+
+def show(records: list[dict[str, Any]], title: str, console: Console) -> None:
+    table = Table(title=title)
+    columns = ("peer", "tokens/s", "fastpt is", "step", "peak", "weights", "above weights", "first loss", "last loss")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "peer" else "right")
+    ours = next((r.get("tokens_per_s") for r in records if r["peer"] == "fastpt"), None)
+    for r in records:
+        if "tokens_per_s" not in r:
+            continue
+        table.add_row(
+            r["peer"], f"{r['tokens_per_s']:.0f}", f"{ours / r['tokens_per_s']:.2f} ×" if ours else "",
+            f"{r['step_s']:.3f} s", *(f"{r[key] / 2**20:.0f} MiB" for key in
+            ("peak_bytes", "weights_bytes", "peak_above_weights_bytes")),
+            f"{r['losses'][0]:.4f}", f"{r['losses'][-1]:.4f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def versions() -> dict[str, str | None]:
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {package: of(package) for package in ("torch", "transformers", "peft", "trl", "datasets", "fastpt")}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub id of a causal language model")
+    parser.add_argument("--work", choices=["packed", "gsm8k"], default="packed", help="full rows of text, or answers")
+    parser.add_argument("--mode", choices=["lora", "full"], default="lora")
+    parser.add_argument("--peers", default="fastpt,trl,trl+fuse,hf,hf-compile", help=f"of {','.join(PEERS)}")
+    parser.add_argument("--batch", type=int, help="rows a step (default: 4 packed, 8 gsm8k)")
+    parser.add_argument("--seq", type=int, default=512, help="tokens a row at most")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each peer")
+    parser.add_argument(
+        "--precision", choices=["own", "fp32"], default="own", help="fp32: all alike, to compare losses"
+    )
+    parser.add_argument("--data", type=Path, help="jsonl file (default: GSM8K's training questions)")
+    parser.add_argument("--json", type=Path, help="write one JSON line per peer")
+    parser.add_argument("--toy", action="store_true", help="a random model, made-up rows, 2 steps: checks that it runs")
+    options = parser.parse_args(argv)
+    options.names = list(dict.fromkeys(options.peers.split(",")))
+    unknown = [name for name in options.names if name not in PEERS]
+    if unknown:
+        parser.error(f"unknown peer {', '.join(unknown)}: there are {', '.join(PEERS)}")
+    if not options.toy and not options.model:
+        parser.error("--model names the model to train (or --toy for a made-up one)")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if options.toy:  # many tiny processes at once
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    console = Console(width=160)
+    with tempfile.TemporaryDirectory() as folder:
+        job, rounds, steps_per_round = prepare(options, Path(folder))
+        records = compare(options.names, job, steps_per_round, rounds, console)
+    about = {
+        "work": options.work, "mode": options.mode, "precision": options.precision, "model": options.model or "toy",
+        "batch": job.batch_rows, "seq": options.seq, "rounds": rounds, "versions": versions(),
+        "machine": harness.machine(),
+    }  # fmt: skip
+    records = [{**record, **about} for record in records]
+    if options.json:
+        harness.write_json_lines(options.json, records)
+    for record in records:
+        for outcome in ("skipped", "failed"):
+            if outcome in record:
+                console.print(f"{record['peer']} {outcome}: {record[outcome]}", markup=False, highlight=False)
+    show(records, f"{about['model']}, {options.work}, {options.mode}, {job.batch_rows} rows of {options.seq}", console)
+    return 1 if any("failed" in record for record in records) else 0
+
+
+def prepare(options: argparse.Namespace, folder: Path) -> tuple[Job, int, int]:
+    """The job that all peers share, the number of rounds, and the steps of one (its first is not timed)."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, data, steps, length = options.model, options.data or rows.default_data(), options.steps, options.seq
+    if options.toy:
+        model, data, steps = str(toy.write_model(folder / "model")), toy.write_data(folder / "toy.jsonl"), 2
+        length = 64
+    rounds = min(ROUNDS, steps)
+    steps_per_round = 1 + -(-steps // rounds)
+    batch_rows = options.batch or {"packed": 4, "gsm8k": 8}[options.work]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    examples = rows.load(options.work, tokenizer, data, count=batch_rows * rounds * steps_per_round, length=length)
+    is_lora = options.mode == "lora"
+    adapter = save_adapter(model, str(folder / "adapter")) if is_lora else None
+    job = Job(model, adapter, examples, batch_rows, lr=2e-4 if is_lora else 2e-5, is_fp32=options.precision == "fp32")
+    return job, rounds, steps_per_round
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""lora_linear against PEFT's formula in float64: one dtype and float32 adapters, dropout by seed, DoRA."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastpt.ops import lora_linear
+from fastpt.ops.lora_linear import BLOCK_ROWS, _backward, _forward
+from tests.helpers import (
+    DTYPES,
+    assert_not_worse,
+    check_against_eager,
+    check_compiles,
+    check_opcheck,
+    check_retain_graph,
+    run_with_grads,
+)
+
+SCALE = 0.7
+
+
+def eager(x, weight, bias, lora_a, lora_b, magnitude=None):
+    """PEFT's forward without dropout: the base in x's dtype, the low-rank term in the adapter's."""
+    base = F.linear(x, weight)
+    low = SCALE * F.linear(F.linear(x.to(lora_a.dtype), lora_a), lora_b)
+    if magnitude is None:
+        return (base + low).to(x.dtype) + bias
+    norm = torch.linalg.norm(weight.to(lora_a.dtype) + SCALE * (lora_b @ lora_a), dim=1).detach()
+    ratio = magnitude / norm
+    return (base + (ratio - 1) * base + ratio * low).to(x.dtype) + bias
+
+
+def op(x, weight, bias, lora_a, lora_b, magnitude=None):
+    return lora_linear(x, weight, bias, lora_a, lora_b, SCALE, magnitude=magnitude)
+
+
+def make(leading, width, out, rank, *, with_magnitude=False):
+    inputs = [
+        torch.randn(*leading, width),
+        torch.randn(out, width) / width**0.5,
+        torch.randn(out),
+        torch.randn(rank, width) / width**0.5,
+        torch.randn(out, rank),
+    ]
+    if with_magnitude:
+        inputs.append(torch.rand(out) + 0.5)
+    return [x.requires_grad_() for x in inputs]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [((1,), 40, 65, 8), ((3, 7), 33, 65, 4), ((70,), 64, 96, 16), ((0, 4), 8, 6, 2), ((), 8, 6, 2)]
+)
+def test_not_worse_than_eager(shape, dtype):
+    check_against_eager(op, eager, make(*shape), dtype=dtype)
+    check_against_eager(op, eager, make(*shape, with_magnitude=True), dtype=dtype)
+
+
+@pytest.mark.parametrize("with_magnitude", [False, True])
+@pytest.mark.parametrize("tokens", [5, BLOCK_ROWS + 33])
+def test_float32_adapters_on_a_bfloat16_base(tokens, with_magnitude):
+    exact_inputs = make((tokens,), 48, 40, 8, with_magnitude=with_magnitude)
+    dtypes = [torch.bfloat16] * 3 + [torch.float32] * 3
+    inputs = [x.detach().to(dtype).requires_grad_() for x, dtype in zip(exact_inputs, dtypes, strict=False)]
+    grads = [torch.randn(tokens, 40).bfloat16()]
+    got, got_grads = run_with_grads(op, inputs, grads, None)
+    base, base_grads = run_with_grads(eager, inputs, grads, None)
+    exact, exact_grads = run_with_grads(eager, inputs, grads, torch.float64)
+    for i, (a, b, c) in enumerate(zip([*got, *got_grads], [*base, *base_grads], [*exact, *exact_grads], strict=True)):
+        assert_not_worse(a, b, c, what=f"result {i}")
+    assert got_grads[3].dtype == got_grads[4].dtype == torch.float32
+
+
+@pytest.mark.parametrize("wanted", [[0], [3, 4], [3], [4], [0, 1, 2], [0, 3, 4]])
+def test_subsets_of_requires_grad(wanted):
+    inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(make((9,), 12, 10, 3))]
+    check_against_eager(op, eager, inputs, dtype=torch.float32)
+
+
+def test_non_contiguous_and_expanded():
+    x, *rest = make((9,), 12, 10, 3)
+    check_against_eager(op, eager, [torch.randn(12, 9).t().requires_grad_(), *rest], dtype=torch.float32)
+    check_against_eager(op, eager, [torch.randn(1, 12).expand(4, 12).requires_grad_(), *rest], dtype=torch.float32)
+    check_against_eager(lambda *a: op(*a).sum(), lambda *a: eager(*a).sum(), [x, *rest], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_by_seed(dtype):
+    """With a zero base and identity adapters the output is the dropped-out input and its gradient shows the same mask."""
+    tokens, width, p = BLOCK_ROWS + 100, 16, 0.25
+    x = (torch.rand(tokens, width) + 0.5).to(dtype).requires_grad_()
+    eye, zero = torch.eye(width), torch.zeros(width, width).to(dtype)
+
+    def dropped(seed):
+        return lora_linear(x, zero, None, eye, eye, 1.0, dropout_p=p, seed=seed)
+
+    y = dropped(3)
+    kept = y != 0
+    assert abs(kept.float().mean() - (1 - p)) < 0.02
+    torch.testing.assert_close(y, torch.where(kept, (x.float() / (1 - p)), 0).to(dtype))
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(dx, torch.where(kept, 1 / (1 - p), 0.0).to(dtype))
+    assert torch.equal(dropped(3), y)
+    assert not torch.equal(dropped(4) != 0, kept)
+    torch.manual_seed(0)
+    first = dropped(None)
+    torch.manual_seed(0)
+    assert torch.equal(first, dropped(None))
+
+
+def test_gradcheck_opcheck_compile_retain_graph():
+    for with_magnitude in (False, True):
+        inputs = make((2, 3), 5, 4, 2, with_magnitude=with_magnitude)
+        if not with_magnitude:
+            double = [x.detach().double().requires_grad_() for x in inputs]
+            assert torch.autograd.gradcheck(lambda *a: lora_linear(*a, SCALE, dropout_p=0.3, seed=1), double)
+        check_compiles(op, *inputs)
+        check_retain_graph(op, *inputs)
+    check_compiles(lambda *a: lora_linear(*a, SCALE, dropout_p=0.3, seed=1), *make((2, 3), 5, 4, 2))
+    for dtype in (*DTYPES, torch.float64):
+        x, weight, bias, lora_a, lora_b = (t.detach().to(dtype) for t in make((2, 3), 5, 4, 2))
+        for dropout in ((0.0, None), (0.3, 1)):
+            check_opcheck(_forward, x, weight, bias, lora_a, lora_b, SCALE, *dropout)
+            xa = torch.randn(6, 2, dtype=dtype)
+            grad = torch.randn(2, 3, 4, dtype=dtype)
+            check_opcheck(_backward, grad, x, weight, lora_a, lora_b, xa, SCALE, *dropout, [True] * 5)
+
+
+def test_autocast():
+    x, weight, bias, lora_a, lora_b = make((6,), 5, 4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = op(x, weight, bias, lora_a, lora_b)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, op(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), lora_a, lora_b))
+
+
+def test_shapes_that_do_not_fit_are_named():
+    x, weight, bias, lora_a, lora_b = make((6,), 5, 4, 2)
+    with pytest.raises(RuntimeError, match=r"weight \(4, 5\).*lora_b \(2, 4\)"):
+        op(x, weight, bias, lora_a, lora_b.t())
+    with pytest.raises(RuntimeError, match=r"dropout_p is 1\.5"):
+        lora_linear(x, weight, bias, lora_a, lora_b, SCALE, dropout_p=1.5)
