@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks import harness, rows, toy, worker
 from benchmarks.peers import PEERS, Job, save_adapter
+from fastpt.errors import FastptError
 
 ROUNDS = 3
 
@@ -64,7 +65,7 @@ class Contestant:
             return
         with suppress(ConnectionError):
             self._connection.send("stop")
-        self._process.join(timeout=3)
+        self._process.join(timeout=5)
         self._process.kill()
         self._process.join()
 
@@ -181,8 +182,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.names if name not in PEERS]
     if unknown:
         parser.error(f"unknown peer {', '.join(unknown)}: there are {', '.join(PEERS)}")
-    if not options.toy and not options.model:
+    if options.toy:
+        options.model, options.seq, options.steps = "toy", 64, 2
+    if not options.model:
         parser.error("--model names the model to train (or --toy for a made-up one)")
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}: at least one step must be timed")
     return options
 
 
@@ -194,10 +199,14 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     console = Console(width=160)
     with tempfile.TemporaryDirectory() as folder:
-        job, rounds, steps_per_round = prepare(options, Path(folder))
+        try:
+            job, rounds, steps_per_round = prepare(options, Path(folder))
+        except FastptError as error:
+            console.print(f"error: {error}", markup=False, highlight=False)
+            return 2
         records = compare(options.names, job, steps_per_round, rounds, console)
     about = {
-        "work": options.work, "mode": options.mode, "precision": options.precision, "model": options.model or "toy",
+        "work": options.work, "mode": options.mode, "precision": options.precision, "model": options.model,
         "batch": job.batch_rows, "seq": options.seq, "rounds": rounds, "versions": versions(),
         "machine": harness.machine(),
     }  # fmt: skip
@@ -218,15 +227,14 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Job, int, int]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, data, steps, length = options.model, options.data or rows.default_data(), options.steps, options.seq
+    model, data = options.model, options.data or rows.default_data()
     if options.toy:
-        model, data, steps = str(toy.write_model(folder / "model")), toy.write_data(folder / "toy.jsonl"), 2
-        length = 64
-    rounds = min(ROUNDS, steps)
-    steps_per_round = 1 + -(-steps // rounds)
+        model, data = str(toy.write_model(folder / "model")), toy.write_data(folder / "toy.jsonl")
+    rounds = min(ROUNDS, options.steps)
+    steps_per_round = 1 + -(-options.steps // rounds)
     batch_rows = options.batch or {"packed": 4, "gsm8k": 8}[options.work]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    examples = rows.load(options.work, tokenizer, data, count=batch_rows * rounds * steps_per_round, length=length)
+    examples = rows.load(options.work, tokenizer, data, count=batch_rows * rounds * steps_per_round, length=options.seq)
     is_lora = options.mode == "lora"
     adapter = save_adapter(model, str(folder / "adapter")) if is_lora else None
     job = Job(model, adapter, examples, batch_rows, lr=2e-4 if is_lora else 2e-5, is_fp32=options.precision == "fp32")

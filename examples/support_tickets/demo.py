@@ -24,8 +24,8 @@ TRAIN = HELD_OUT.with_name("train.jsonl")
 SETTINGS: dict[str, Any] = {  # as in support_tickets.toml; a test compares them
     "objective": "sft",
     "method": {"name": "lora", "rank": 16},
-    "epochs": 3,
-    "batch_rows": 12,
+    "epochs": 2.5,
+    "batch_rows": 8,
     "optim": {"lr": 1e-3},
     "seed": 0,
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastpt.ops._library import Cost, autocast, nbytes, register
 
-BLOCK_ROWS = 512  # rows cast (and dropped out) at a time: fixed, so that backward draws the mask that forward drew
+BLOCK_ROWS = 1024  # rows cast (and dropped out) at a time: fixed, so that backward draws the mask that forward drew
 
 
 def _blocks(x: Tensor, dtype: torch.dtype, dropout_p: float, seed: int | None) -> Iterator[tuple]:

@@ -45,6 +45,7 @@ def losses_of(peer_class, job):
 
 @needs_trl
 def test_toy_run_writes_one_line_per_peer(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a toy run sets it; here it must not outlive the test
     monkeypatch.setattr(PEERS["trl-ckpt"], "missing", classmethod(lambda cls: "needs trl: pip install trl"))
     names = [name for name in PEERS if name != "hf-compile"]  # half a minute of compiling
     arguments = ["--toy", "--work", "gsm8k", "--peers", ",".join(names), "--json", str(tmp_path / "r.jsonl")]

@@ -17,7 +17,7 @@ def test_warmup_is_a_share_or_a_number():
     assert warmup_steps(OptimConfig(warmup=7), 50) == 7
     curve = _curve(warmup=10, schedule="constant")
     assert curve[0] == pytest.approx(1 / 11)
-    assert all(a < b for a, b in itertools.pairwise(curve))
+    assert all(a < b for a, b in itertools.pairwise(curve[:11]))
     assert curve[10:] == [1.0] * 90
 
 
