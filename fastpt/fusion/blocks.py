@@ -24,7 +24,7 @@ ACTIVATIONS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Norm:
     """An RMS norm with its family's rounding."""
 
@@ -41,7 +41,7 @@ class Norm:
         return add_rms_norm(x, residual, self.weight, self.eps, offset=self.offset, casts_first=self.casts_first)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QKV:
     """What the first piece needs: one packed projection or three, and the norms of the heads where there are any."""
 
@@ -54,7 +54,7 @@ class QKV:
     k_norm: Norm | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OutputMLP:
     """What the last piece needs; the two `after` norms are Gemma's."""
 

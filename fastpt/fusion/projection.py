@@ -42,7 +42,7 @@ def _is_capture(hook: Any) -> bool:
     return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
     """y = x Wᵀ + b + scale · dropout(x) Aᵀ Bᵀ, with DoRA's magnitude when given; or `module`, called as it is."""
 

@@ -213,3 +213,12 @@ def test_lora_dropout_drops_and_is_replayed_by_checkpointing():
         model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(1)
         assert_same(step(model, input_ids=ids, labels=ids), first)
+
+
+def test_a_fused_model_compiles():
+    model, ids = adapted("qwen3", "lora"), tokens(1, 12)
+    expected = step(model, input_ids=ids, labels=ids, use_cache=False)
+    torch._dynamo.reset()
+    with fastpt.fuse(model):
+        got = step(torch.compile(model, backend="aot_eager"), input_ids=ids, labels=ids, use_cache=False)
+    assert_same(got, expected)
