@@ -60,8 +60,8 @@ class Handle:
 def fuse(model: nn.Module) -> Handle:
     """Route the recognised parts of a transformers or PEFT model through fastpt's kernels, on this instance only.
 
-    A fused model is returned its handle. Parameters, adapters, hooks and checkpointing stay where they are; what is not
-    recognised stays as it was, and `explain(model)` lists it.
+    Parameters, adapters, hooks and checkpointing stay where they are; what is not recognised stays as it was, and
+    `explain(model)` lists it. A model that is fused already gives the handle it has.
     Raises: ModelError when `model` holds no transformers model.
     """
     if (handle := handle_of(model)) is not None:
