@@ -37,9 +37,11 @@ def main(argv: list[str] | None = None) -> None:
             for case in module.cases(options.device, dtype, options.toy):
                 timings = harness.compare(case, budget_s=0.02 if options.toy else options.budget_s)
                 records += [{**row, "machine": about} for row in harness.rows(case, timings)]
+                told = ", ".join(f"{timing.provider} {timing.median_ms:.3g} ms" for timing in timings)
+                print(f"{case.op} {case.shape} {case.dtype} {case.direction}: {told}", flush=True)
+                if options.json:  # after every case: a run that is cut short keeps what it has measured
+                    harness.write_json_lines(options.json, records)
     show(records)
-    if options.json:
-        harness.write_json_lines(options.json, records)
 
 
 def show(records: list[dict[str, Any]]) -> None:

@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastpt.errors import FastptError as FastptError
-    from fastpt.fusion import explain as explain
-    from fastpt.fusion import fuse as fuse
+    from fastpt.fusion.fuse import explain as explain
+    from fastpt.fusion.fuse import fuse as fuse
     from fastpt.run import Run as Run
     from fastpt.run import load_run as load_run
     from fastpt.trainer import train as train

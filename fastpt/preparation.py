@@ -83,7 +83,11 @@ def make_feed(
 ) -> PlannedFeed | StreamFeed:
     """The steps of a run over its training rows."""
     data = config.data
-    batch = {"batch_rows": config.batch_rows, "batch_tokens": config.batch_tokens, "micro_tokens": micro_tokens}
+    batch: dict[str, Any] = {
+        "batch_rows": config.batch_rows,
+        "batch_tokens": config.batch_tokens,
+        "micro_tokens": micro_tokens,
+    }
     if not isinstance(rows, StreamedRows):
         examples = examples_of(rows, data, objective, tokenizer, max_length, say)
         return PlannedFeed(examples, rows.fingerprint, **batch, seed=config.seed, shuffle=data.shuffle)

@@ -69,8 +69,10 @@ void attention_softmax(int64_t keys, int64_t columns, float scale, const float* 
                        float* __restrict max, float* __restrict sum, float* __restrict rescale, T* __restrict weights) {
   float top[kQueries], base[kQueries], total[kQueries];
   std::copy_n(max, columns, top);
-  for (int64_t r = 0; r < keys; ++r)
-    for (int64_t c = 0; c < columns; ++c) top[c] = std::max(top[c], scores[r * kQueries + c]);
+  for (int64_t r = 0; r < keys; ++r) {
+    const float* row = scores + r * kQueries;
+    for (int64_t c = 0; c < columns; ++c) top[c] = row[c] > top[c] ? row[c] : top[c];  // GCC leaves std::max scalar
+  }
   scale *= kLog2E;
   for (int64_t c = 0; c < columns; ++c) {
     const bool sees_any = top[c] > -std::numeric_limits<float>::infinity();

@@ -39,7 +39,7 @@ namespace {
 
 constexpr int64_t kBlock = 64;              // rows of a tile
 constexpr int64_t kPanelBytes = 512 << 10;  // of packed weight: it stays in L2 beside a tile
-constexpr int64_t kChunkBytes = 56 << 20;   // held per chunk of rows: logits and dhidden sums
+constexpr int64_t kChunkBytes = 56 << 20;   // held per chunk of rows: logits, statistics, dhidden sums
 constexpr int64_t kMinRows = 128;           // below, packing the head would cost more than multiplying by it
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -128,7 +128,8 @@ class Head {
   template <typename Body>
   void each_chunk(bool keeps_logits, const Gradients& out, Body&& body) {
     keeps_logits_ = keeps_logits;
-    const int64_t floats = (keeps_logits ? panels_ * panel_ : 0) + (out.hidden.defined() ? slots_ * D_ : D_);
+    const int64_t floats = panels_ * static_cast<int64_t>((keeps_logits ? panel_ : 0) + sizeof(PanelStats) / 4) +
+                           (out.hidden.defined() ? slots_ * D_ : D_);
     const int64_t most = std::max(kMinRows, kChunkBytes / 4 / std::max<int64_t>(1, floats));
     const int64_t chunks = (size() + most - 1) / most;
     padded_ = chunks == 0 ? 0 : round_up((size() + chunks - 1) / chunks, 16);

@@ -87,7 +87,7 @@ class StreamFeed:
 
 def micro_batches(data: Tokenised, micro_tokens: int) -> Iterator[list[Example]]:
     """The whole set once, packed, in order: what evaluation runs over."""
-    shape = {"batch_rows": None, "batch_tokens": micro_tokens, "micro_tokens": micro_tokens}
+    shape: dict[str, Any] = {"batch_rows": None, "batch_tokens": micro_tokens, "micro_tokens": micro_tokens}
     for step in plan_epoch(data.lengths, **shape, seed=0, epoch=0, shuffle=False):
         for micro in step:
             yield [data.example(i) for i in micro]
