@@ -57,7 +57,7 @@ class Run:
         text = "The quick brown fox jumps over the lazy dog. " + json.dumps(self.metrics)
         probe = torch.tensor([self.tokenizer(text)["input_ids"][:128]])
         if self.handle is not None:
-            self.handle.remove()  # a copy of a fused model would still run this one's parts
+            self.handle.remove()  # the plain model is what gets merged and compared
         try:
             found = adapters.merge(self.model, self.tokenizer, folder, probe)
         finally:
