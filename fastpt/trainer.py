@@ -203,7 +203,10 @@ class Trainer:
                 sums[name] = sums.get(name, 0) + value.detach()
         count = max(count, 1e-12)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]) / count
-        loss, grad_norm = (x.item() for x in (loss_sum / count, norm))  # the one host sync of the step
+        # the one host sync of the step
+        loss, grad_norm, *totals = torch.stack(
+            [loss_sum / count, norm, *(value / count for value in sums.values())]
+        ).tolist()
         record = {
             "step": self.step + 1,
             "epoch": round(self.feed.progress, 4),
@@ -222,7 +225,7 @@ class Trainer:
         self.totals["tokens"] += tokens
         self.totals["trained_tokens"] += round(count)
         self.totals["seconds"] += seconds
-        record |= {name: value.item() / count for name, value in sums.items()}
+        record |= dict(zip(sums, totals, strict=True))
         rate = {"tokens": tokens, "trained_tokens": round(count), "tokens_per_s": tokens / seconds, "step_s": seconds}
         return record | rate | {"peak_bytes": peak_bytes(self.device)}
 

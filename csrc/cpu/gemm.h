@@ -1,7 +1,6 @@
 // Small row-major GEMM tiles on one thread, C [M, N] float32 (+)= A [M, K] · B [K, N]; the only door to libtorch's
-// brgemm (oneDNN's JIT kernels: AVX-512, AVX-512-BF16, AMX). Measured on 2 Zen 4 cores: 203-229 GFLOP/s per core in
-// bfloat16 with VNNI-packed B at tiles of 32-256 x 32-1536 x 64-576. Elsewhere a vectorised loop with the same result
-// up to the order of summation.
+// brgemm (oneDNN's JIT kernels: AVX-512, AVX-512-BF16, AMX), which for bfloat16 wants B VNNI-packed. Elsewhere a
+// vectorised loop with the same result up to the order of summation.
 #pragma once
 
 #include <cstdint>
