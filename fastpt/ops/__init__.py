@@ -5,13 +5,14 @@ from fastpt.ops.attention import attention
 from fastpt.ops.geglu import geglu
 from fastpt.ops.layer_norm import layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
-from fastpt.ops.lora_linear import lora_linear
+from fastpt.ops.lora_linear import Layer, linear_group, lora_linear
 from fastpt.ops.rms_norm import add_rms_norm, rms_norm
 from fastpt.ops.rope import rope
 from fastpt.ops.swiglu import swiglu
 from fastpt.ops.token_stats import TokenStats, token_stats
 
 __all__ = [
+    "Layer",
     "TokenStats",
     "adamw",
     "add_rms_norm",
@@ -19,6 +20,7 @@ __all__ = [
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_group",
     "lora_linear",
     "rms_norm",
     "rope",

@@ -1,146 +1,209 @@
-"""lora_linear: a linear layer plus its low-rank term, in GEMMs alone.
+"""lora_linear: linear layers of one input, each with or without its low-rank term, as one op.
 
 The low-rank term is written first and the base GEMM accumulates onto it: no extra pass over the output, and one rounding
-at the base's magnitude instead of two. Row blocks keep float32 adapters exact without a float32 copy of x.
+at the base's magnitude instead of two. In backward dx sums over all layers of the input before it is rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpt.ops._library import Cost, autocast, nbytes, register
 
-BLOCK_ROWS = 1024  # rows cast (and dropped out) at a time: fixed, so that backward draws the mask that forward drew
+
+def _low_dtype(x: Tensor, lora_a: Tensor | None) -> torch.dtype:
+    """Of the low-rank hidden: the wider of x's and the adapter's."""
+    return torch.promote_types(x.dtype, torch.float32 if lora_a is None else lora_a.dtype)
 
 
-def _blocks(x: Tensor, dtype: torch.dtype, dropout_p: float, seed: int | None) -> Iterator[tuple]:
-    """(rows, x[rows] dropped out in `dtype`, factor of its gradient or None), rows in order; x [T, D]."""
-    if dropout_p == 0 and x.dtype == dtype:
-        yield slice(0, len(x)), x, None
-        return
-    generator = torch.Generator(x.device).manual_seed(seed) if dropout_p > 0 else None
-    for start in range(0, len(x), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        block = x[rows].to(dtype)
-        if dropout_p == 0:
-            yield rows, block, None
-        else:
-            factor = torch.empty_like(block).bernoulli_(1 - dropout_p, generator=generator)
-            factor /= max(1 - dropout_p, torch.finfo(dtype).tiny)
-            yield rows, block * factor, factor
+def _mask(x: Tensor, dropout_p: float, seed: int) -> Tensor:
+    """What dropout multiplies x [T, D] by; the C++ kernels draw other masks from the same seeds."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    kept = torch.empty_like(x).bernoulli_(1 - dropout_p, generator=generator)
+    return kept.div_(max(1 - dropout_p, torch.finfo(x.dtype).tiny))
 
 
-def reference(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed) -> tuple[Tensor, Tensor]:
-    """y [..., O] and the low-rank hidden xa [T, R], which backward needs."""
+def _dropped(x: Tensor, dropout_p: float, seeds: Sequence[int], i: int) -> Tensor:
+    return x if dropout_p == 0 else x * _mask(x, dropout_p, seeds[i])
+
+
+def reference(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds) -> tuple[list[Tensor], list[Tensor]]:
+    """y_i [..., O_i] and the low-rank hidden xa_i [T, R_i], which backward needs (empty without an adapter)."""
     flat = x.reshape(-1, x.shape[-1])  # [T, D]
-    low = torch.promote_types(x.dtype, lora_a.dtype)
-    a, b = lora_a.to(low), lora_b.to(low)
-    xa = flat.new_empty(len(flat), len(a), dtype=low)
-    y = flat.new_empty(len(flat), len(weight))
-    offset = flat.new_zeros((), dtype=low) if bias is None else bias.to(low)
-    for rows, block, _ in _blocks(flat, low, dropout_p, seed):
-        xa[rows] = block @ a.t()
-        y[rows] = torch.addmm(offset, xa[rows], b.t(), beta=0 if bias is None else 1, alpha=scale)
-    y.addmm_(flat, weight.t())
-    return y.view(*x.shape[:-1], len(weight)), xa
+    ys, xas = [], []
+    for i, (weight, bias, a, b) in enumerate(zip(weights, biases, lora_a, lora_b, strict=True)):
+        low = _low_dtype(x, a)
+        if a is None:
+            xas.append(x.new_empty(len(flat), 0, dtype=low))
+            y = flat @ weight.to(x.dtype).t()
+        else:
+            xa = _dropped(flat.to(low), dropout_p, seeds, i) @ a.to(low).t()
+            xas.append(xa)
+            y = (scales[i] * (xa @ b.to(low).t())).to(x.dtype).addmm_(flat, weight.to(x.dtype).t())
+        ys.append((y if bias is None else y + bias.to(x.dtype)).view(*x.shape[:-1], len(weight)))
+    return ys, xas
 
 
-def reference_backward(grad, x, weight, lora_a, lora_b, xa, scale, dropout_p, seed, wants) -> tuple[Tensor, ...]:
-    """Gradients of (x, weight, bias, lora_a, lora_b); grad @ lora_b is formed once for both lora_a and x."""
-    flat, dy = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    a, b = lora_a.to(xa.dtype), lora_b.to(xa.dtype)
-    dx, dweight, dbias, da, db = _grads(x, weight, lora_a, lora_b, wants)
-    dx2 = dx.view(flat.shape) if wants[0] else dx
-    for array in (da, db):
-        array.zero_()
-    zero = xa.new_zeros(())
-    if wants[0] or wants[3] or wants[4]:
-        for rows, block, factor in _blocks(flat, xa.dtype, dropout_p, seed):
-            dy_block = dy[rows].to(xa.dtype)
-            dxa = torch.addmm(zero, dy_block, b, beta=0, alpha=scale)  # [n, R], one rounding
-            if wants[4]:
-                db += torch.addmm(zero, dy_block.t(), xa[rows], beta=0, alpha=scale)
-            if wants[3]:
-                da += dxa.t() @ block
-            if wants[0]:
-                dx2[rows] = dxa @ a if factor is None else (dxa @ a) * factor
-    if wants[0]:
-        dx2.addmm_(dy, weight)
-    if wants[1]:
-        dweight = dy.t() @ flat
-    if wants[2]:
-        dbias = dy.sum(0)
-    return dx, dweight, dbias, da, db
+def reference_backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants):
+    """dx, and per layer dweight, dbias, da and db in float32; what is not wanted is empty."""
+    flat = x.reshape(-1, x.shape[-1])
+    dx, *arrays = _gradients(x, weights, lora_a, lora_b, wants_x, wants)
+    dx_sum = torch.zeros_like(flat, dtype=torch.promote_types(x.dtype, torch.float32))
+    for i, (weight, a, b) in enumerate(zip(weights, lora_a, lora_b, strict=True)):
+        dweight, dbias, da, db = (array[i] for array in arrays)
+        dy, dtype = grads[i].reshape(len(flat), len(weight)), dx_sum.dtype
+        dx_sum += (dy @ weight.to(dy.dtype)).to(dtype) if wants_x else 0
+        if wants[4 * i]:
+            dweight.copy_(dy.t() @ flat)
+        if wants[4 * i + 1]:
+            dbias.copy_(dy.sum(0, dtype=dtype))
+        if a is None:
+            continue
+        low = xas[i].dtype
+        dxa = scales[i] * (dy.to(low) @ b.to(low))
+        if wants_x:
+            dx_low = dxa @ a.to(low)
+            dx_sum += dx_low if dropout_p == 0 else dx_low * _mask(flat.to(low), dropout_p, seeds[i])
+        if wants[4 * i + 2]:
+            da.copy_(dxa.t() @ _dropped(flat.to(low), dropout_p, seeds, i))
+        if wants[4 * i + 3]:
+            db.copy_(scales[i] * (dy.to(low).t() @ xas[i]))
+    return dx.copy_(dx_sum.view(x.shape)) if wants_x else dx, *arrays
 
 
-def _grads(x, weight, lora_a, lora_b, wants) -> tuple[Tensor, ...]:
-    """Where the gradients go, empty when not wanted; those of the adapters in float32, autograd rounds them once."""
-    wide = torch.promote_types(lora_a.dtype, torch.float32)
-    shapes = x.shape, weight.shape, weight.shape[:1], lora_a.shape, lora_b.shape
-    dtypes = x.dtype, x.dtype, x.dtype, wide, wide
-    return tuple(
-        x.new_empty(shape if wanted else (0,), dtype=dtype)
-        for shape, dtype, wanted in zip(shapes, dtypes, wants, strict=True)
+def _gradients(x, weights, lora_a, lora_b, wants_x, wants) -> tuple[Any, ...]:
+    """Where the gradients go: dx, then lists of dweight, dbias, da, db; empty when not wanted."""
+
+    def arrays(kind: int, shapes: Sequence[tuple[int, ...] | None], dtype: torch.dtype) -> list[Tensor]:
+        return [
+            x.new_empty(shape if shape is not None and wants[4 * i + kind] else (0,), dtype=dtype)
+            for i, shape in enumerate(shapes)
+        ]
+
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(x.shape if wants_x else (0,)),
+        arrays(0, [w.shape for w in weights], wide),
+        arrays(1, [w.shape[:1] for w in weights], wide),
+        arrays(2, [None if a is None else a.shape for a in lora_a], wide),
+        arrays(3, [None if b is None else b.shape for b in lora_b], wide),
     )
 
 
-def _fake(x, weight, bias, lora_a, *_):
-    low = torch.promote_types(x.dtype, lora_a.dtype)
-    tokens = x.numel() // x.shape[-1]
-    return x.new_empty(*x.shape[:-1], len(weight)), x.new_empty(tokens, len(lora_a), dtype=low)
+def _fake(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds):
+    tokens = x.numel() // max(1, x.shape[-1])
+    ys = [x.new_empty(*x.shape[:-1], len(weight)) for weight in weights]
+    return ys, [x.new_empty(tokens, 0 if a is None else len(a), dtype=_low_dtype(x, a)) for a in lora_a]
 
 
-def _fake_backward(grad, x, weight, lora_a, lora_b, xa, scale, dropout_p, seed, wants):
-    return _grads(x, weight, lora_a, lora_b, wants)
+def _fake_backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants):
+    return _gradients(x, weights, lora_a, lora_b, wants_x, wants)
 
 
-def _cost(x, weight, bias, lora_a, lora_b, *_):
-    tokens = x.numel() // x.shape[-1]
-    parameters = weight.numel() + lora_a.numel() + lora_b.numel()
-    read = nbytes(x, weight, bias, lora_a, lora_b)
-    return Cost(read, nbytes(*_fake(x, weight, bias, lora_a)), 2 * tokens * parameters)
+def _cost(x, weights, biases, lora_a, lora_b, *_):
+    tokens = x.numel() // max(1, x.shape[-1])
+    parameters = sum(t.numel() for t in (*weights, *lora_a, *lora_b) if t is not None)
+    ys, xas = _fake(x, weights, biases, lora_a, lora_b, (), 0.0, ())
+    return Cost(nbytes(x, *weights, *biases, *lora_a, *lora_b), nbytes(*ys, *xas), 2 * tokens * parameters)
 
 
-def _cost_backward(grad, x, weight, lora_a, lora_b, xa, scale, dropout_p, seed, wants):
-    tokens = len(xa)
-    base, a, b = weight.numel(), lora_a.numel(), lora_b.numel()
-    flops = 2 * tokens * ((wants[0] + wants[1]) * base + (wants[0] + wants[3]) * a + b + wants[4] * b)
-    return Cost(nbytes(grad, x, weight, lora_a, lora_b, xa), nbytes(*_grads(x, weight, lora_a, lora_b, wants)), flops)
+def _cost_backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants):
+    tokens, products = x.numel() // max(1, x.shape[-1]), 0
+    for i, (weight, a, b) in enumerate(zip(weights, lora_a, lora_b, strict=True)):
+        _, _, wants_a, wants_b = wants[4 * i : 4 * i + 4]
+        products += (wants_x + wants[4 * i]) * weight.numel()
+        if a is not None:
+            products += (wants_x + wants_a) * a.numel() + ((wants_x or wants_a) + wants_b) * b.numel()
+    dx, *arrays = _gradients(x, weights, lora_a, lora_b, wants_x, wants)
+    written = nbytes(dx, *(t for array in arrays for t in array))
+    return Cost(nbytes(*grads, x, *weights, *lora_a, *lora_b, *xas), written, 2 * tokens * products)
 
 
-_forward = register(
-    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale, float dropout_p, "
-    "int? seed) -> (Tensor, Tensor)",
+forward = register(
+    "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, float[] scales, "
+    "float dropout_p, int[] seeds) -> (Tensor[], Tensor[])",
     reference=reference,
     fake=_fake,
     cost=_cost,
 )
-_backward = register(
-    "lora_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor xa, float scale, "
-    "float dropout_p, int? seed, bool[5] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+backward = register(
+    "lora_linear_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor?[] lora_a, Tensor?[] lora_b, Tensor[] xas, "
+    "float[] scales, float dropout_p, int[] seeds, bool wants_x, bool[] wants) "
+    "-> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])",
     reference=reference_backward,
     fake=_fake_backward,
     cost=_cost_backward,
 )
 
 
+class Layer(NamedTuple):
+    """One linear layer: y = x weightᵀ + bias + scale · dropout(x) lora_aᵀ lora_bᵀ."""
+
+    weight: Tensor  # [O, D]
+    bias: Tensor | None = None  # [O]
+    lora_a: Tensor | None = None  # [R, D]
+    lora_b: Tensor | None = None  # [O, R]
+    scale: float = 1.0
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.bias, self.lora_a, self.lora_b
+
+
+def layer_gradients(grads: tuple, wants: Sequence[bool]) -> list[Tensor | None]:
+    """The raw backward's lists in the order of the layers' tensors, None where not wanted."""
+    lists = grads[1:]
+    return [lists[i % 4][i // 4] if wanted else None for i, wanted in enumerate(wants)]
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
-        y, xa = _forward(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, xa)
-        ctx.scalars = scale, dropout_p, seed
-        return y
+    def forward(ctx, x, scales, dropout_p, seeds, *tensors):
+        weights, biases, lora_a, lora_b = (tensors[i::4] for i in range(4))
+        ys, xas = forward(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds)
+        ctx.save_for_backward(x, *weights, *lora_a, *lora_b, *xas)
+        ctx.scalars = scales, dropout_p, seeds
+        return tuple(ys)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        wants = list(ctx.needs_input_grad[:5])
-        grads = _backward(grad, *ctx.saved_tensors, *ctx.scalars, wants)
-        return (*(g if wanted else None for g, wanted in zip(grads, wants, strict=True)), None, None, None)
+    def backward(ctx, *grads):
+        x, *saved = ctx.saved_tensors
+        n = len(saved) // 4
+        weights, lora_a, lora_b, xas = (saved[i * n : (i + 1) * n] for i in range(4))
+        wants_x, wants = ctx.needs_input_grad[0], list(ctx.needs_input_grad[4:])
+        found = backward(grads, x, weights, lora_a, lora_b, xas, *ctx.scalars, wants_x, wants)
+        return found[0] if wants_x else None, None, None, None, *layer_gradients(found, wants)
+
+
+def new_seeds(dropout_p: float, n: int) -> list[int]:
+    """Seeds of n dropout masks from torch's generator; none without dropout."""
+    return torch.randint(2**62, (n,)).tolist() if dropout_p > 0 else []
+
+
+def linear_group(
+    x: Tensor, layers: Sequence[Layer], *, dropout_p: float = 0.0, seeds: Sequence[int] | None = None
+) -> tuple[Tensor, ...]:
+    """The layers of one input in one call: what they share (packing x, its gradient) is done once.
+
+    Shapes: x [..., D], weight [O, D], bias [O], lora_a [R, D], lora_b [O, R] of each layer -> [..., O] each, x's dtype.
+    Dropout touches the input of the low-rank terms only; each layer's mask is drawn from its seed (by default one from torch's
+    generator) and drawn again in backward, never stored.
+    Numerics: float32 weights beside bfloat16 activations enter rounded, float32 adapters unrounded; the gradients of weights,
+    biases and adapters are sums in float32.
+    Raises: RuntimeError when shapes or dtypes do not fit.
+    Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
+    """
+    (x,) = autocast(x)
+    for layer in layers:
+        _check(x, layer, dropout_p)
+    seeds = new_seeds(dropout_p, len(layers)) if seeds is None else list(seeds)
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
+    return _LoraLinear.apply(x, [layer.scale for layer in layers], dropout_p, seeds, *tensors)
 
 
 def lora_linear(
@@ -157,24 +220,24 @@ def lora_linear(
 ) -> Tensor:
     """x @ weight.T + bias + scale * dropout(x) @ lora_a.T @ lora_b.T, or DoRA when `magnitude` is given.
 
-    Shapes: x [..., D], weight [O, D], bias and magnitude [O], lora_a [R, D], lora_b [O, R] -> [..., O], x's dtype.
+    Shapes, numerics and errors as in linear_group; magnitude [O].
     DoRA: magnitude / |weight + scale * lora_b @ lora_a| (the norm a constant in backward, as in PEFT) times the result
-    without bias. Dropout touches the input of the low-rank term only; its mask is drawn from `seed` (by default one from torch's
-    generator) and drawn again in backward, never stored.
-    Numerics: adapters of a wider dtype than x are used unrounded, in row blocks; their gradients are sums in float32.
-    Raises: RuntimeError when shapes or dtypes do not fit.
+    without bias.
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685; Liu et al. 2024, https://arxiv.org/abs/2402.09353.
     """
-    x, weight, bias = autocast(x, weight, bias)
-    _check(x, weight, lora_a, lora_b, dropout_p)
-    if dropout_p > 0 and seed is None:
-        seed = int(torch.randint(2**62, ()))
-    if magnitude is None:
-        return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    # DoRA is LoRA with the rows of weight and lora_b scaled; autograd carries the gradient on to the magnitude.
-    ratio = (magnitude / _row_norms(weight, lora_a, lora_b, scale))[:, None]
-    weight, lora_b = (ratio * weight).to(x.dtype), (ratio * lora_b).to(lora_b.dtype)
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    (x,) = autocast(x)
+    layer = Layer(weight, bias, lora_a, lora_b, scale)
+    _check(x, layer, dropout_p)
+    if magnitude is not None:
+        layer = with_magnitude(layer, magnitude, x.dtype)
+    return linear_group(x, [layer], dropout_p=dropout_p, seeds=None if seed is None else [seed])[0]
+
+
+def with_magnitude(layer: Layer, magnitude: Tensor, dtype: torch.dtype) -> Layer:
+    """A DoRA layer as LoRA with the rows of weight and lora_b scaled; autograd carries the gradient on to the magnitude."""
+    weight, lora_b = layer.weight, layer.lora_b
+    ratio = (magnitude / _row_norms(weight.to(dtype), layer.lora_a, lora_b, layer.scale))[:, None]  # type: ignore[arg-type]
+    return layer._replace(weight=(ratio * weight.to(dtype)).to(dtype), lora_b=(ratio * lora_b).to(lora_b.dtype))  # type: ignore
 
 
 @torch.no_grad()
@@ -184,16 +247,21 @@ def _row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> 
     return torch.addmm(weight.to(wide), lora_b.to(wide), lora_a.to(wide), alpha=scale).norm(dim=1)
 
 
-def _check(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dropout_p: float) -> None:
-    fits = weight.shape[1:] == x.shape[-1:] == lora_a.shape[1:] and lora_b.shape == (len(weight), len(lora_a))
-    if not fits or x.dtype != weight.dtype or lora_a.dtype != lora_b.dtype:
+def _check(x: Tensor, layer: Layer, dropout_p: float) -> None:
+    weight, _, lora_a, lora_b, _ = layer
+    has_adapter = lora_a is not None and lora_b is not None
+    fits = weight.dim() == 2 and weight.shape[1:] == x.shape[-1:] and (lora_a is None) == (lora_b is None)
+    if has_adapter:
+        fits &= lora_a.shape[1:] == x.shape[-1:] and lora_b.shape == (len(weight), len(lora_a))  # type: ignore
+        fits &= lora_a.dtype == lora_b.dtype  # type: ignore[union-attr]
+    if not fits or weight.dtype not in (x.dtype, torch.float32):
         shapes = ", ".join(
-            f"{name} {tuple(t.shape)} {t.dtype}"
+            f"{name} {None if t is None else (*t.shape, t.dtype)}"
             for name, t in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b))
         )
         raise RuntimeError(
-            f"lora_linear: got {shapes}; they must be [..., D], [O, D], [R, D] and [O, R], with x and weight of one "
-            "dtype and lora_a and lora_b of one dtype"
+            f"lora_linear: got {shapes}; they must be [..., D], [O, D], [R, D] and [O, R], with a weight of x's dtype or "
+            "float32, and lora_a and lora_b of one dtype"
         )
     if not 0 <= dropout_p <= 1:
         raise RuntimeError(f"lora_linear: dropout_p is {dropout_p}; it must lie between 0 and 1")

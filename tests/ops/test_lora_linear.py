@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastpt.ops import lora_linear
-from fastpt.ops.lora_linear import BLOCK_ROWS, _backward, _forward
+from fastpt.ops import linear_group, lora_linear
+from fastpt.ops.lora_linear import Layer, backward, forward
 from tests.helpers import (
     DTYPES,
     assert_not_worse,
@@ -49,7 +49,7 @@ def make(leading, width, out, rank, *, with_magnitude=False):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [((1,), 40, 65, 8), ((3, 7), 33, 65, 4), ((70,), 64, 96, 16), ((0, 4), 8, 6, 2), ((), 8, 6, 2)]
+    "shape", [((1,), 40, 65, 8), ((3, 7), 33, 65, 4), ((70,), 64, 96, 16), ((0, 4), 8, 6, 2), ((), 48, 66, 16)]
 )
 def test_not_worse_than_eager(shape, dtype):
     check_against_eager(op, eager, make(*shape), dtype=dtype)
@@ -57,7 +57,7 @@ def test_not_worse_than_eager(shape, dtype):
 
 
 @pytest.mark.parametrize("with_magnitude", [False, True])
-@pytest.mark.parametrize("tokens", [5, BLOCK_ROWS + 33])
+@pytest.mark.parametrize("tokens", [5, 1057])
 def test_float32_adapters_on_a_bfloat16_base(tokens, with_magnitude):
     exact_inputs = make((tokens,), 48, 40, 8, with_magnitude=with_magnitude)
     dtypes = [torch.bfloat16] * 3 + [torch.float32] * 3
@@ -87,7 +87,7 @@ def test_non_contiguous_and_expanded():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_by_seed(dtype):
     """With a zero base and identity adapters the output is the dropped-out input and its gradient shows the same mask."""
-    tokens, width, p = BLOCK_ROWS + 100, 16, 0.25
+    tokens, width, p = 1124, 16, 0.25
     x = (torch.rand(tokens, width) + 0.5).to(dtype).requires_grad_()
     eye, zero = torch.eye(width), torch.zeros(width, width).to(dtype)
 
@@ -118,12 +118,64 @@ def test_gradcheck_opcheck_compile_retain_graph():
         check_retain_graph(op, *inputs)
     check_compiles(lambda *a: lora_linear(*a, SCALE, dropout_p=0.3, seed=1), *make((2, 3), 5, 4, 2))
     for dtype in (*DTYPES, torch.float64):
-        x, weight, bias, lora_a, lora_b = (t.detach().to(dtype) for t in make((2, 3), 5, 4, 2))
-        for dropout in ((0.0, None), (0.3, 1)):
-            check_opcheck(_forward, x, weight, bias, lora_a, lora_b, SCALE, *dropout)
-            xa = torch.randn(6, 2, dtype=dtype)
-            grad = torch.randn(2, 3, 4, dtype=dtype)
-            check_opcheck(_backward, grad, x, weight, lora_a, lora_b, xa, SCALE, *dropout, [True] * 5)
+        x, *tensors = (t.detach().to(dtype) for t in make((2, 3), 5, 4, 2))
+        more = [t.detach().to(dtype) for t in make((2, 3), 5, 7, 3)[1:]]
+        adapters = [[tensors[2], None, more[2]], [tensors[3], None, more[3]]]
+        weights = [tensors[0], more[0], more[0]]
+        for dropout in ((0.0, []), (0.3, [1, 2, 3])):
+            given = (x, weights, [tensors[1], None, more[1]], *adapters, [SCALE] * 3, *dropout)
+            check_opcheck(forward, *given)
+            ys, xas = forward(*given)
+            grads = [torch.randn_like(y) for y in ys]
+            for wants in ([True] * 12, [False, True] * 6):
+                check_opcheck(backward, grads, x, weights, *adapters, xas, [SCALE] * 3, *dropout, wants[0], wants)
+
+
+def eager_group(x, *tensors):
+    return tuple(
+        eager(x, *tensors[i : i + 4]) if len(tensors[i : i + 4]) == 4 else F.linear(x, *tensors[i : i + 2])
+        for i in range(0, len(tensors), 4)
+    )
+
+
+def op_group(x, *tensors):
+    layers = [Layer(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
+    return linear_group(x, [layer._replace(scale=SCALE) for layer in layers])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [17, 130, 300])
+@pytest.mark.parametrize("width", [33, 96])
+def test_a_group_is_its_layers(tokens, width, dtype):
+    """Layers of different widths and ranks, the last without an adapter: dx sums over them."""
+    x, *first = make((tokens,), width, 150, 16)
+    second, third = make((tokens,), width, 70, 3)[1:], make((tokens,), width, 64, 1)[1:3]
+    check_against_eager(op_group, eager_group, [x, *first, *second, *third], dtype=dtype)
+
+
+def test_weights_of_float32_beside_bfloat16_activations():
+    """Rounded as autocast rounds them, and their gradients are sums in float32."""
+    x, weight, bias, lora_a, lora_b = make((200,), 48, 70, 8)
+    bias = bias.detach().bfloat16().float().requires_grad_()  # a float32 bias would enter unrounded
+    inputs = [x.detach().bfloat16().requires_grad_(), weight, bias, lora_a, lora_b]
+    got, got_grads = run_with_grads(op, inputs, None, None)
+    rounded = [x.detach().bfloat16().requires_grad_() for x in inputs[:3]]
+    expected, grads = run_with_grads(op, [*rounded, lora_a, lora_b], None, None)
+    assert torch.equal(got[0], expected[0])
+    assert [g.dtype for g in got_grads] == [torch.bfloat16, *[torch.float32] * 4]
+    for a, b in zip(got_grads, grads, strict=True):
+        assert torch.equal(a.to(b.dtype), b)
+
+
+def test_rows_do_not_depend_on_how_many_there_are():
+    x, weight, _, lora_a, lora_b = make((301,), 96, 70, 8)
+    for dtype in DTYPES:
+        rows, parts = x.detach().to(dtype), [t.detach().to(dtype) for t in (weight, lora_a, lora_b)]
+
+        def run(some, parts=parts):
+            return lora_linear(some, parts[0], None, parts[1], parts[2], SCALE)
+
+        assert torch.equal(run(rows)[200:233], run(rows[200:233].clone()))
 
 
 def test_autocast():
@@ -131,12 +183,12 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         y = op(x, weight, bias, lora_a, lora_b)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, op(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), lora_a, lora_b))
+    assert torch.equal(y, op(x.bfloat16(), weight.bfloat16(), bias, lora_a, lora_b))
 
 
 def test_shapes_that_do_not_fit_are_named():
     x, weight, bias, lora_a, lora_b = make((6,), 5, 4, 2)
-    with pytest.raises(RuntimeError, match=r"weight \(4, 5\).*lora_b \(2, 4\)"):
+    with pytest.raises(RuntimeError, match=r"weight \(4, 5.*lora_b \(2, 4"):
         op(x, weight, bias, lora_a, lora_b.t())
     with pytest.raises(RuntimeError, match=r"dropout_p is 1\.5"):
         lora_linear(x, weight, bias, lora_a, lora_b, SCALE, dropout_p=1.5)

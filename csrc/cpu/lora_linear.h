@@ -1,0 +1,150 @@
+// lora_linear on the CPU, what forward and backward share: the projections of one call, operands packed for gemm_tile,
+// and adapters in parts. A float32 adapter beside bfloat16 activations enters as three bfloat16 parts that add up to it
+// exactly, so its products run on the bfloat16 units and lose nothing. The definition is fastpt/ops/lora_linear.py.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <type_traits>
+#include <vector>
+#include <ATen/Parallel.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "cpu/gemm.h"
+#include "cpu/tasks.h"
+
+namespace fastpt {
+
+constexpr int64_t kRows = 128;  // rows of a tile: with kPanel columns in float32 it fills most of L1
+constexpr int64_t kPanel = 64;
+
+inline int64_t even(int64_t n) {
+  return n + n % 2;
+}
+
+// Everything about a call but the data.
+struct Projection {
+  at::Tensor weight;  // [O, D], of x's dtype or float32, contiguous
+  at::Tensor bias;    // float32 [O], or undefined
+  at::Tensor a, b;    // [R, D], [O, R], both float32 or both of x's dtype, contiguous, or undefined
+  float scale;
+  int64_t seed;
+
+  int64_t out() const { return weight.size(0); }
+  int64_t rank() const { return a.defined() ? a.size(0) : 0; }
+};
+
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+std::vector<Projection> read_projections(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                                         const OptionalTensors& lora_a, const OptionalTensors& lora_b,
+                                         at::ArrayRef<double> scales, at::ArrayRef<int64_t> seeds);
+
+// x as rows [T, D], contiguous; an odd width of bfloat16 gets a zero column, which gemm_tile reads.
+at::Tensor gemm_rows(const at::Tensor& x);
+
+// Dropout of the low-rank term's input. The mask is a function of (seed, index), see is_kept.
+struct Dropout {
+  double p;
+  float factor() const { return p > 0 && p < 1 ? static_cast<float>(1 / (1 - p)) : (p >= 1 ? 0.0f : 1.0f); }
+  uint32_t threshold() const { return static_cast<uint32_t>(std::min((1 - p) * 4294967296.0, 4294967295.0)); }
+};
+
+// x [T, D] with zeros where the projection's seed drops it.
+at::Tensor dropped(const at::Tensor& x, const Dropout& dropout, int64_t seed);
+
+// Into how many numbers of type T one number of an adapter goes.
+template <typename T>
+int64_t parts_of(const at::Tensor& adapter) {
+  return std::is_same_v<T, c10::BFloat16> && adapter.scalar_type() == at::kFloat ? 3 : 1;
+}
+
+// The parts of each row (a [R, D] -> [parts * R, D]), or of each column (b [O, R] -> [O, parts * R]).
+at::Tensor row_parts(const at::Tensor& a, int64_t parts);
+at::Tensor column_parts(const at::Tensor& b, int64_t parts);
+
+using Jobs = std::vector<std::function<void()>>;
+
+inline void run(const Jobs& jobs) {
+  for_each_task(jobs.size(), [&](int64_t, int64_t i) { jobs[i](); });
+}
+
+// The second operand [depth, columns] of a product in panels of kPanel columns, as gemm_tile reads them.
+template <typename T>
+class Packed {
+ public:
+  Packed() = default;
+  Packed(int64_t depth, int64_t columns, const at::TensorOptions& options)
+      : depth_(depth),
+        columns_(columns),
+        data_(at::empty({panels(), even(depth), kPanel}, options)),
+        panel_0_(data_.mutable_data_ptr<T>()) {}
+
+  int64_t depth() const { return depth_; }
+  int64_t panels() const { return (columns_ + kPanel - 1) / kPanel; }
+  int64_t width(int64_t p) const { return std::min(kPanel, columns_ - p * kPanel); }
+  const T* panel(int64_t p) const { return panel_0_ + p * even(depth_) * kPanel; }
+
+  // Jobs that fill it from rows, B[k, n] = source[k, n], or from columns, B[k, n] = source[n, k]; source [.., ..] is of
+  // T or float32 and contiguous, and must outlive them.
+  void add_rows(Jobs& jobs, const at::Tensor& source) { add<false>(jobs, source); }
+  void add_transposed(Jobs& jobs, const at::Tensor& source) { add<true>(jobs, source); }
+
+ private:
+  template <bool kTransposed>
+  void add(Jobs& jobs, const at::Tensor& source) {
+    for (int64_t p = 0; p < panels(); ++p)
+      jobs.push_back([this, p, source] {
+        if (source.scalar_type() == c10::CppTypeToScalarType<T>::value)
+          fill<kTransposed>(p, source.const_data_ptr<T>(), source.size(1));
+        else
+          fill<kTransposed>(p, source.const_data_ptr<float>(), source.size(1));
+      });
+  }
+  template <bool kTransposed, typename S>
+  void fill(int64_t p, const S* source, int64_t ld);
+
+  int64_t depth_ = 0, columns_ = 0;
+  at::Tensor data_;
+  T* panel_0_ = nullptr;
+};
+
+// C [rows, columns] (+)= A · B where B is the first `depth` rows of a panel. float32 sums are cut: one long sum would
+// round more than the blocks of a library's GEMM do. Rows go as a multiple of 16 and a rest, so that there are few
+// different heights: each is a kernel of its own that brgemm compiles and keeps.
+template <typename T>
+void multiply(int64_t rows, int64_t columns, int64_t depth, int64_t lda, const T* a, const T* panel, bool accumulate,
+              int64_t ldc, float* c) {
+  constexpr int64_t kDepth = std::is_same_v<T, float> ? 64 : int64_t{1} << 40;
+  const int64_t whole = rows / 16 * 16;
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t n = std::min(kDepth, depth - k);
+    const bool adds = accumulate || k > 0;
+    const T* b = panel + k * kPanel;
+    if (whole > 0) gemm_tile(whole, columns, n, lda, kPanel, ldc, adds, a + k, b, c);
+    if (whole < rows)
+      gemm_tile(rows - whole, columns, n, lda, kPanel, ldc, adds, a + whole * lda + k, b, c + whole * ldc);
+  }
+}
+
+// A piece of scratch memory for each worker.
+template <typename T>
+class Scratch {
+ public:
+  Scratch(int64_t numbers, const at::TensorOptions& options)
+      : stride_((numbers + 63) / 64 * 64), data_(at::empty({at::get_num_threads(), stride_}, options)) {}
+  T* of(int64_t worker) const { return data_.template mutable_data_ptr<T>() + worker * stride_; }
+
+ private:
+  int64_t stride_;
+  at::Tensor data_;
+};
+
+inline int64_t row_tiles(int64_t n) {
+  return (n + kRows - 1) / kRows;
+}
+
+}  // namespace fastpt
