@@ -1,122 +1,22 @@
-"""A decoder block in three pieces: (norm, qkv, rope), attention, (output, add + norm, gated MLP).
+"""The recipe of a decoder block: which of its modules are what, read into the pieces of decoder.py on every call.
 
-Each piece is a function of tensors and of a frozen description of its weights and options, read from the modules on every
-call. A recipe holds names and options only, never a module, so a deep copy of a fused model is a fused model.
+A recipe holds names and options only, never a module, so a deep copy of a fused model is a fused model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastpt.fusion.attention import HARMLESS, asks_for_weights, attend, same_dtype
+from fastpt.fusion.attention import HARMLESS, asks_for_weights
+from fastpt.fusion.decoder import QKV, Block, Call, OutputMLP
 from fastpt.fusion.layout import Layout
+from fastpt.fusion.pieces import Activation, Linears, Norm, product_dtype
 from fastpt.fusion.projection import NotFusable, Projection, check_no_global_hooks, check_untouched
-from fastpt.ops import add_rms_norm, geglu, rms_norm, rope, swiglu
-
-ACTIVATIONS = {
-    "silu": swiglu,
-    "gelu_tanh": lambda gate, up: geglu(gate, up, approximate="tanh"),
-    "gelu": lambda gate, up: geglu(gate, up, approximate="none"),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """An RMS norm with its family's rounding."""
-
-    weight: Tensor  # [D]
-    eps: float
-    offset: float
-    casts_first: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, offset=self.offset, casts_first=self.casts_first)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual)."""
-        return add_rms_norm(x, residual, self.weight, self.eps, offset=self.offset, casts_first=self.casts_first)
-
-
-@dataclass(frozen=True, eq=False)
-class QKV:
-    """What the first piece needs: one packed projection or three, and the norms of the heads where there are any."""
-
-    norm: Norm
-    projections: tuple[Projection, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class OutputMLP:
-    """What the last piece needs; the two `after` norms are Gemma's."""
-
-    output: Projection
-    norm: Norm
-    gate_up: tuple[Projection, ...]
-    activation: str
-    down: Projection
-    after_attention: Norm | None = None
-    after_mlp: Norm | None = None
-
-
-def norm_qkv_rope(x: Tensor, cos: Tensor, sin: Tensor, w: QKV) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, D], cos and sin [T, R] -> q [T, H, K], k and v [T, Hkv, K]."""
-    y = w.norm(x)
-    sizes = [w.heads * w.head_dim, w.kv_heads * w.head_dim, w.kv_heads * w.head_dim]
-    projected = [projection(y) for projection in w.projections]
-    parts = projected if len(projected) == 3 else projected[0].split(sizes, dim=-1)
-    q, k, v = (part.unflatten(-1, (-1, w.head_dim)) for part in parts)
-    if w.q_norm is not None and w.k_norm is not None:
-        q, k = w.q_norm(q), w.k_norm(k)
-    return *rope(q, k, cos, sin), v
-
-
-def output_norm_mlp(attended: Tensor, residual: Tensor, w: OutputMLP) -> Tensor:
-    """attended [T, H * K], residual [T, D] -> the block's output [T, D]."""
-    y = w.output(attended)
-    if w.after_attention is not None:
-        y = w.after_attention(y)
-    y, residual = w.norm.add(y, residual)
-    projected = [projection(y) for projection in w.gate_up]
-    gate, up = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
-    y = w.down(ACTIVATIONS[w.activation](gate, up))
-    if w.after_mlp is not None:
-        y = w.after_mlp(y)
-    return residual + y
-
-
-class Block(NamedTuple):
-    """Everything one call of a fused block needs besides the hidden states."""
-
-    qkv: QKV
-    mlp: OutputMLP
-    cos: Tensor  # [1 or B, S, R]
-    sin: Tensor
-    layout: Layout
-    scale: float | None
-    softcap: float | None
-    cache: Any
-    layer_idx: int
-
-
-def decoder_block(hidden: Tensor, block: Block) -> Tensor:
-    """hidden [B, S, D] through the three pieces."""
-    shape, layout = hidden.shape, block.layout
-    x = hidden.reshape(-1, shape[-1])  # [T, D]
-    cos, sin = (table.expand(*shape[:2], -1).reshape(-1, table.shape[-1]) for table in (block.cos, block.sin))
-    q, k, v = norm_qkv_rope(x, cos, sin, block.qkv)
-    if block.cache is not None:  # a prefill: the layout says that these are all the keys there are
-        block.cache.update(*(t.unflatten(0, shape[:2]).transpose(1, 2) for t in (k, v)), block.layer_idx)
-    attended = attend(*same_dtype(q, k, v), layout, scale=block.scale, softcap=block.softcap).flatten(1)
-    return output_norm_mlp(attended, x, block.mlp).view(shape)
+from fastpt.ops.lora_linear import new_seeds
 
 
 @dataclass(frozen=True)
@@ -194,10 +94,15 @@ class Recipe:
                 raise NotFusable(f"{name} {dropout.p} in training")
         cache = None if is_checkpointing(block) else kwargs.get("past_key_values")
         qkv, mlp = self.read_weights(block, hidden.dtype)
-        return Block(qkv, mlp, cos, sin, layout, self.scale, self.softcap, cache, getattr(attention, "layer_idx", 0))
+        call = self.call(layout)._replace(cache=cache, layer_idx=getattr(attention, "layer_idx", 0))
+        return Block(qkv, mlp, cos, sin, call)
+
+    def call(self, layout: Layout) -> Call:
+        """A call on a whole batch, without a cache."""
+        return Call(layout, self.scale, self.softcap, self.heads, self.kv_heads, self.head_dim)
 
     def read_weights(self, block: nn.Module, dtype: torch.dtype) -> tuple[QKV, OutputMLP]:
-        """The two pieces that hold weights, as they are now."""
+        """The two pieces that hold weights, as they are now, for hidden states of `dtype`."""
         attention = part(block, self.attention, self.attention_kind)
         mlp = part(block, self.mlp, self.mlp_kind)
         part(mlp, self.activation_name, self.activation_kind)
@@ -205,18 +110,17 @@ class Recipe:
         def norm(recipe: NormRecipe | None, parent: nn.Module) -> Norm | None:
             return None if recipe is None else recipe.read(parent, dtype)
 
-        def project(parent: nn.Module, where: str, name: str) -> Projection:
-            return Projection.read(parent._modules[name], f"{where}.{name}")  # type: ignore[arg-type]
+        def linears(parent: nn.Module, where: str, *names: str) -> Linears:
+            return linears_of([Projection.read(parent._modules[name], f"{where}.{name}") for name in names], dtype)  # type: ignore
 
         qkv = QKV(
-            self.norm.read(block, dtype),
-            tuple(project(attention, self.attention, name) for name in self.qkv),
-            self.heads, self.kv_heads, self.head_dim, norm(self.q_norm, attention), norm(self.k_norm, attention),
+            self.norm.read(block, dtype), linears(attention, self.attention, *self.qkv),
+            norm(self.q_norm, attention), norm(self.k_norm, attention),
         )  # fmt: skip
         return qkv, OutputMLP(
-            project(attention, self.attention, self.output), self.mlp_norm.read(block, dtype),
-            tuple(project(mlp, self.mlp, name) for name in self.gate_up), self.activation,
-            project(mlp, self.mlp, self.down), norm(self.after_attention, block), norm(self.after_mlp, block),
+            linears(attention, self.attention, self.output), self.mlp_norm.read(block, dtype),
+            linears(mlp, self.mlp, *self.gate_up), Activation(self.activation), linears(mlp, self.mlp, self.down),
+            norm(self.after_attention, block), norm(self.after_mlp, block),
         )  # fmt: skip
 
     def _read_call(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Layout, Tensor, Tensor]:
@@ -232,6 +136,17 @@ class Recipe:
         if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].shape[-1] > self.head_dim:
             raise NotFusable("rotary tables of another form than (cos, sin)")
         return layout, *tables
+
+
+def linears_of(projections: list[Projection], dtype: torch.dtype) -> Linears:
+    """The projections of one input, for activations of `dtype`; their dropouts must agree."""
+    probabilities = {p.dropout_p for p in projections if p.lora_a is not None} or {0.0}
+    if len(probabilities) > 1:
+        raise NotFusable(f"adapters of one input drop out with different probabilities {sorted(probabilities)}")
+    (dropout_p,) = probabilities
+    seeds = tuple(new_seeds(dropout_p, len(projections)))
+    products = product_dtype(dtype, projections[0].weight.device)
+    return Linears(tuple(p.layer(products) for p in projections), dropout_p, seeds)
 
 
 def is_checkpointing(block: Any) -> bool:

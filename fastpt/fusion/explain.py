@@ -9,7 +9,7 @@ from torch import nn
 
 from fastpt.fusion.blocks import Recipe
 from fastpt.fusion.patch import Patch, patch_of
-from fastpt.fusion.projection import NotFusable, Projection
+from fastpt.fusion.projection import NotFusable
 from fastpt.ops._library import serving_kernel
 
 if TYPE_CHECKING:
@@ -67,31 +67,22 @@ def _served(module: str, op: str, device: str) -> Row:
 
 def _block_rows(path: str, block: nn.Module, recipe: Recipe, patch: Patch, device: str) -> list[Row]:
     try:
-        weights = recipe.read_weights(block, next(p.dtype for p in block.parameters() if p.dim() == 1))
+        recipe.read_weights(block, next(p.dtype for p in block.parameters() if p.dim() == 1))
     except NotFusable as reason:
         return [Row(path, "", "", str(reason))]
     if patch.fallback:
         return [Row(path, "", "", f"last call: {patch.fallback}")]
-    qkv, mlp = weights
     attention, gated = f"{path}.{recipe.attention}", f"{path}.{recipe.mlp}"
     rows = [_served(f"{path}.{recipe.norm.name}", "rms_norm", device)]
-    rows += [_projection(f"{attention}.{n}", p, device) for n, p in zip(recipe.qkv, qkv.projections, strict=True)]
+    rows += [_served(f"{attention}.{name}", "lora_linear", device) for name in recipe.qkv]
     rows += [_served(f"{attention}.{norm.name}", "rms_norm", device) for norm in (recipe.q_norm, recipe.k_norm) if norm]
     rows += [_served(attention, "rope", device), _served(attention, "attention", device)]
-    rows.append(_projection(f"{attention}.{recipe.output}", mlp.output, device))
+    rows.append(_served(f"{attention}.{recipe.output}", "lora_linear", device))
     rows += [_served(f"{path}.{n.name}", "rms_norm", device) for n in (recipe.after_attention, recipe.after_mlp) if n]
     rows.append(_served(f"{path}.{recipe.mlp_norm.name}", "add_rms_norm", device))
-    rows += [_projection(f"{gated}.{n}", p, device) for n, p in zip(recipe.gate_up, mlp.gate_up, strict=True)]
+    rows += [_served(f"{gated}.{name}", "lora_linear", device) for name in recipe.gate_up]
     rows.append(_served(gated, GATED[recipe.activation], device))
-    return [*rows, _projection(f"{gated}.{recipe.down}", mlp.down, device)]
-
-
-def _projection(path: str, projection: Projection, device: str) -> Row:
-    if projection.module is not None:
-        return Row(path, "", "", f"{type(projection.module).__name__} runs as it is")
-    if projection.lora_a is None:
-        return Row(path, "linear", "torch", "")
-    return _served(path, "lora_linear", device)
+    return [*rows, _served(f"{gated}.{recipe.down}", "lora_linear", device)]
 
 
 def show(rows: list[Row]) -> list[Row]:

@@ -12,13 +12,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastpt.errors import ModelError
 from fastpt.fusion.attention import NAME
-from fastpt.fusion.blocks import NormRecipe, Recipe, decoder_block, is_checkpointing
+from fastpt.fusion.blocks import NormRecipe, Recipe, is_checkpointing
 from fastpt.fusion.causal_lm import fused_forward, verified_head, watching_train
+from fastpt.fusion.decoder import decoder_block
 from fastpt.fusion.explain import Row, rows_of, show
 from fastpt.fusion.patch import Patch, patch_of
 from fastpt.fusion.projection import NotFusable
 from fastpt.fusion.recognise import block_recipe, looks_like_block, norm_recipe, verified
-from fastpt.ops import layer_norm
+from fastpt.ops import layer_norm, rms_norm
 
 # transformers 5.23 checkpoints in the layer class's forward, which a fused block replaces; before, it was in its __call__.
 CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
@@ -195,7 +196,7 @@ def _norm_forward(recipe: NormRecipe, patch: Patch) -> Any:
             patch.fallback = str(reason)
             return patch.below(self, *args, **kwargs)
         patch.fallback = None
-        return norm(args[0])
+        return rms_norm(args[0], norm.weight, norm.eps, offset=norm.offset, casts_first=norm.casts_first)
 
     return forward
 

@@ -157,14 +157,14 @@ class LanguageHead:
             head = Projection.read(self.module, "the language head")
         except NotFusable:
             return None
-        is_served = head.weight is not None and head.magnitude is None and head.dropout_p == 0
+        is_served = head.magnitude is None and head.dropout_p == 0
         return head if is_served else None
 
     @staticmethod
     def _dtype(head: Projection, hidden: Tensor) -> torch.dtype:
         """A head kept in another dtype than the stream (a float32 copy that is trained) takes the hidden states in its own."""
         is_cast = torch.is_autocast_enabled(hidden.device.type)
-        return hidden.dtype if is_cast or head.weight is None else head.weight.dtype
+        return hidden.dtype if is_cast else head.weight.dtype
 
 
 def _logit_scale(config: Any) -> float:

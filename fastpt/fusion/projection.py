@@ -1,6 +1,6 @@
 """What a projection computes right now: nn.Linear or a PEFT LoRA layer read at call time, so PEFT stays the owner.
 
-Whatever else it is (quantised, several adapters, other tuners) is called as the module it is.
+Whatever else it is (quantised, other tuners) only its module can compute, and what holds it stays unfused.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules import module as module_state
 
-from fastpt.ops import lora_linear
+from fastpt.ops import Layer
+from fastpt.ops.lora_linear import with_magnitude
 
 
 class NotFusable(Exception):
@@ -44,66 +45,68 @@ def _is_capture(hook: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """y = x Wᵀ + b + scale · dropout(x) Aᵀ Bᵀ, with DoRA's magnitude when given; or `module`, called as it is."""
+    """y = x Wᵀ + b + scale · dropout(x) Aᵀ Bᵀ, with DoRA's magnitude when given."""
 
-    weight: Tensor | None = None  # [O, D]
+    weight: Tensor  # [O, D]
     bias: Tensor | None = None  # [O]
     lora_a: Tensor | None = None  # [R, D]
     lora_b: Tensor | None = None  # [O, R]
     scale: float = 1.0
     dropout_p: float = 0.0
     magnitude: Tensor | None = None  # [O]
-    module: nn.Module | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:  # [..., D] -> [..., O]
-        if self.module is not None:
-            return self.module(x)
-        weight, bias = self.weight, self.bias
-        assert weight is not None
-        if self.lora_a is None:
-            return F.linear(x, weight, bias)
-        assert self.lora_b is not None
-        return lora_linear(
-            x, weight, bias, self.lora_a, self.lora_b, self.scale, dropout_p=self.dropout_p, magnitude=self.magnitude
-        )
+    def layer(self, dtype: torch.dtype) -> Layer:
+        """The projection as the linear op takes it, for products in `dtype`."""
+        layer = Layer(self.weight, self.bias, self.lora_a, self.lora_b, self.scale)
+        return layer if self.magnitude is None else with_magnitude(layer, self.magnitude, dtype)
 
     @classmethod
     def read(cls, module: nn.Module, path: str) -> Projection:
-        """The state of `module` at this moment; raises NotFusable when someone hooked into it."""
+        """The state of `module` at this moment; raises NotFusable when only calling it is right."""
         module = unwrapped(module)
         check_untouched(module, path)
         if _is_plain(module):
             return cls(module.weight, module.bias)  # type: ignore[arg-type]
         lora = sys.modules.get("peft.tuners.lora.layer")
         if lora is None or type(module) is not lora.Linear:
-            return cls(module=module)
-        return cls._read_lora(module, path) or cls(module=module)
+            raise NotFusable(f"{path} is a {type(module).__name__}")
+        return cls._read_lora(module, path)
 
     @classmethod
-    def _read_lora(cls, layer: Any, path: str) -> Projection | None:
+    def _read_lora(cls, layer: Any, path: str) -> Projection:
         base = layer.base_layer
         if not _is_plain(base) or layer.fan_in_fan_out:
-            return None
+            raise NotFusable(f"{path} is a LoRA layer over a {type(base).__name__}")
         check_untouched(base, f"{path}.base_layer")
         active = [name for name in layer.active_adapters if name in layer.lora_A]
         if layer.disable_adapters and layer.merged:
-            return None  # PEFT unmerges inside its forward
+            raise NotFusable(f"{path} is merged and disabled, which PEFT undoes in its forward")
         if layer.disable_adapters or layer.merged or not active:
             return cls(base.weight, base.bias)
-        name = active[0]
-        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        for part in (a, b, dropout):
-            check_untouched(part, f"{path}'s adapter")
-        is_plain = _is_plain(a) and _is_plain(b) and a.bias is None and b.bias is None
-        if len(active) > 1 or not is_plain or type(dropout) not in (nn.Identity, nn.Dropout):
-            return None
-        dropout_p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        magnitude = None
-        if (variant := getattr(layer, "lora_variant", {}).get(name)) is not None:
-            if type(variant).__name__ != "DoraLinearVariant" or dropout_p > 0:
-                return None  # PEFT drops DoRA's input before both terms
-            magnitude = layer.lora_magnitude_vector[name].weight
-        return cls(base.weight, base.bias, a.weight, b.weight, layer.scaling[name], dropout_p, magnitude)
+        if len(active) == 1:
+            return cls(base.weight, base.bias, *_read_adapter(layer, active[0], path))
+        adapters = [_read_adapter(layer, name, path) for name in active]
+        if any(dropout_p > 0 or magnitude is not None for *_, dropout_p, magnitude in adapters):
+            raise NotFusable(f"{path} adds up adapters with dropout or DoRA")
+        lora_a = torch.cat([a for a, *_ in adapters])
+        return cls(base.weight, base.bias, lora_a, torch.cat([b * scale for _, b, scale, *_ in adapters], dim=1))
+
+
+def _read_adapter(layer: Any, name: str, path: str) -> tuple[Tensor, Tensor, float, float, Tensor | None]:
+    """(a, b, scale, dropout_p, magnitude) of one adapter of a LoRA layer."""
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    for part in (a, b, dropout):
+        check_untouched(part, f"{path}'s adapter")
+    is_plain = _is_plain(a) and _is_plain(b) and a.bias is None and b.bias is None
+    if not is_plain or type(dropout) not in (nn.Identity, nn.Dropout):
+        raise NotFusable(f"{path} has an adapter of {type(a).__name__} and {type(dropout).__name__}")
+    dropout_p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    magnitude = None
+    if (variant := getattr(layer, "lora_variant", {}).get(name)) is not None:
+        if type(variant).__name__ != "DoraLinearVariant" or dropout_p > 0:
+            raise NotFusable(f"{path} has a {type(variant).__name__} or drops DoRA's input, which only PEFT does")
+        magnitude = layer.lora_magnitude_vector[name].weight
+    return a.weight, b.weight, layer.scaling[name], dropout_p, magnitude
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastpt.fusion.attention import recording
-from fastpt.fusion.blocks import Block, NormRecipe, Recipe, decoder_block
+from fastpt.fusion.blocks import NormRecipe, Recipe
+from fastpt.fusion.decoder import Block, decoder_block
 from fastpt.fusion.layout import Layout
 from fastpt.fusion.projection import NotFusable, check_untouched, out_features, unwrapped
 from fastpt.ops.rms_norm import reference as rms_norm_definition
@@ -217,8 +218,7 @@ def verified(block: nn.Module, recipe: Recipe) -> Recipe:
             raise NotFusable(f"attention is called with {calls[0]['extra'] if calls else 'no attention function'}")
         passed = {"scale": calls[0]["scaling"], "softcap": calls[0]["softcap"]}
         recipe = replace(recipe, **passed, attention_dropout=float(calls[0]["dropout"]))
-        qkv, mlp = recipe.read_weights(block, dtype)
-        ours = decoder_block(x, Block(qkv, mlp, cos, sin, layout, recipe.scale, recipe.softcap, None, 0))
+        ours = decoder_block(x, Block(*recipe.read_weights(block, dtype), cos, sin, recipe.call(layout)))
     if not isinstance(theirs, Tensor) or theirs.shape != ours.shape or theirs.dtype != ours.dtype:
         raise NotFusable("its forward returns something else than hidden states")
     error = (ours.float() - theirs.float()).norm() / (theirs.float() - x.float()).norm().clamp(min=1e-20)

@@ -1,0 +1,254 @@
+"""A decoder block as one autograd.Function: (norm, qkv, rope), attention, (output, add + norm, gated MLP).
+
+Forward saves what `Saved` lists and nothing else: no GEMM is run twice, and whatever a pass over rows gives back (norms,
+activation x gate) is computed again in backward. The residual's gradient rides through the norms' backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastpt.fusion.layout import Layout
+from fastpt.fusion.pieces import Activation, Linears, Norm, product_dtype, raw
+
+
+class QKV(NamedTuple):
+    """What the first piece needs: one packed projection or three, and the norms of the heads where there are any."""
+
+    norm: Norm
+    projections: Linears
+    q_norm: Norm | None
+    k_norm: Norm | None
+
+
+class OutputMLP(NamedTuple):
+    """What the last piece needs; the two `after` norms are Gemma's."""
+
+    output: Linears
+    norm: Norm
+    gate_up: Linears
+    activation: Activation
+    down: Linears
+    after_attention: Norm | None
+    after_mlp: Norm | None
+
+
+class Call(NamedTuple):
+    """What one call of a block is about, besides its tensors."""
+
+    layout: Layout
+    scale: float | None
+    softcap: float | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    cache: Any = None
+    layer_idx: int = 0
+
+    @property
+    def options(self) -> tuple:
+        """The tail of the attention op's arguments."""
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return self.layout.causal, self.layout.window, self.softcap, scale
+
+
+class Block(NamedTuple):
+    """Everything one call needs besides the hidden states."""
+
+    qkv: QKV
+    mlp: OutputMLP
+    cos: Tensor  # [1 or B, S, R]
+    sin: Tensor
+    call: Call
+
+
+class Saved(NamedTuple):
+    """What backward needs. T tokens, and of a padded batch N real ones; D model, H heads, K head dim, I inner width."""
+
+    x: Tensor  # [T, D]
+    rstd: Tensor  # [T]
+    qkv_low: list[Tensor]  # [T, R] each: low-rank hiddens
+    heads: tuple[Tensor, ...]  # q, k before their norms and 1 / rms of each, where heads are normed
+    q: Tensor  # [N, H, K], rotated
+    k: Tensor  # [N, Hkv, K]
+    v: Tensor
+    attended: Tensor  # [N, H, K]
+    lse: Tensor  # [N, H]
+    output_low: list[Tensor]
+    output: tuple[Tensor, ...]  # the projection and its 1 / rms, where a norm follows
+    s: Tensor  # [T, D], the residual stream after attention
+    s_rstd: Tensor
+    gate_up: list[Tensor]  # [T, I] twice, or [T, 2 I]
+    gate_up_low: list[Tensor]
+    down_low: list[Tensor]
+    down: tuple[Tensor, ...]  # as output
+
+
+def decoder_block(hidden: Tensor, block: Block) -> Tensor:
+    """hidden [B, S, D] through the three pieces."""
+    shape = hidden.shape
+    cos, sin = (table.expand(*shape[:2], -1).reshape(-1, table.shape[-1]) for table in (block.cos, block.sin))
+    leaves, spec = tree_flatten((block.qkv, block.mlp))
+    return _DecoderBlock.apply(hidden.reshape(-1, shape[-1]), cos, sin, block.call, spec, *leaves).view(shape)
+
+
+class _DecoderBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, call, spec, *leaves):
+        qkv, mlp = tree_unflatten(leaves, spec)
+        q, k, v, first = norm_qkv_rope(x, cos, sin, qkv, call)
+        if call.cache is not None:  # a prefill: the layout says that these are all the keys there are
+            shape = (call.layout.batch, call.layout.length)
+            call.cache.update(*(t.unflatten(0, shape).transpose(1, 2) for t in (k, v)), call.layer_idx)
+        attended, second = attend(q, k, v, call)
+        out, third = output_norm_mlp(attended.flatten(1), x, mlp)
+        kept, ctx.saved_spec = tree_flatten(Saved(*first, *second, *third))
+        ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        ctx.others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        ctx.call, ctx.spec, ctx.count = call._replace(cache=None), spec, len(kept)
+        ctx.save_for_backward(*kept, cos, sin, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        saved_tensors = ctx.saved_tensors  # once: checkpointing unpacks each time
+        kept, (cos, sin, *tensors) = saved_tensors[: ctx.count], saved_tensors[ctx.count :]
+        tensors, others = iter(tensors), iter(ctx.others)
+        qkv, mlp = tree_unflatten([next(tensors if is_one else others) for is_one in ctx.is_tensor], ctx.spec)
+        wants_x, wants = ctx.needs_input_grad[0], tree_unflatten(list(ctx.needs_input_grad[5:]), ctx.spec)
+        saved: Saved = tree_unflatten(list(kept), ctx.saved_spec)
+        dattended, dx, dmlp = output_norm_mlp_backward(grad, mlp, saved, wants[1], ctx.call)
+        dq, dk, dv = attend_backward(dattended, saved, ctx.call)
+        dx, dqkv = norm_qkv_rope_backward(dq, dk, dv, dx, cos, sin, qkv, saved, wants[0], ctx.call)
+        return dx if wants_x else None, None, None, None, None, *tree_flatten((dqkv, dmlp))[0]
+
+
+def norm_qkv_rope(x: Tensor, cos: Tensor, sin: Tensor, w: QKV, call: Call) -> tuple[Tensor, Tensor, Tensor, tuple]:
+    """x [T, D], cos and sin [T, R] -> q [T, H, K], k and v [T, Hkv, K], and what to save."""
+    y, rstd = w.norm.forward(x)
+    projected, low = w.projections.forward(y.to(product_dtype(x.dtype, x.device)))
+    if len(projected) == 1:
+        sizes = [n * call.head_dim for n in (call.heads, call.kv_heads, call.kv_heads)]
+        *projected, v = projected[0].split(sizes, dim=-1)
+        projected.append(v.contiguous())  # not the whole of it is to be kept
+    q, k, v = (part.unflatten(-1, (-1, call.head_dim)) for part in projected)
+    heads: tuple[Tensor, ...] = ()
+    if w.q_norm is not None and w.k_norm is not None:
+        (q_normed, q_rstd), (k_normed, k_rstd) = w.q_norm.forward(q), w.k_norm.forward(k)
+        heads, q, k = (q, k, q_rstd, k_rstd), q_normed, k_normed
+    q, k = raw.rope(q, k, cos, sin, None, False, False)
+    return q, k, v, (x, rstd, low, heads)
+
+
+def norm_qkv_rope_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dx: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    w: QKV,
+    saved: Saved,
+    wants: QKV,
+    call: Call,
+) -> tuple[Tensor, QKV]:
+    """The block's gradient of x, given what the residual brings (dx), and those of the weights."""
+    dq, dk = raw.rope(dq, dk, cos, sin, None, False, True)
+    q_norm = k_norm = None
+    if w.q_norm is not None and w.k_norm is not None:
+        q, k, q_rstd, k_rstd = saved.heads
+        dq, q_norm = w.q_norm.backward(dq, q, q_rstd, wants.q_norm)  # type: ignore[arg-type]
+        dk, k_norm = w.k_norm.backward(dk, k, k_rstd, wants.k_norm)  # type: ignore[arg-type]
+    grads = [dq.flatten(1), dk.flatten(1), dv.flatten(1)]
+    if len(w.projections.layers) == 1:
+        grads = [torch.cat(grads, dim=-1)]
+    y, _ = w.norm.forward(saved.x)
+    dy, projections = w.projections.backward(grads, y.to(dq.dtype), saved.qkv_low, wants.projections)
+    dx, norm = w.norm.backward(dy, saved.x, saved.rstd, wants.norm, dx)
+    return dx, QKV(norm, projections, q_norm, k_norm)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, tuple]:
+    """Attention over the flattened tokens of a layout, zero at padded queries: [T, H, K], and what to save."""
+    queries, keys, cu_seqlens_q, cu_seqlens_k = call.layout.spans
+    tokens = q.shape[0]
+    if keys is not None:
+        k, v = k.index_select(0, keys), v.index_select(0, keys)
+    if queries is not None:
+        q = q.index_select(0, queries)
+    out, lse = raw.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *call.options)
+    return _scattered(out, queries, tokens), (q, k, v, out, lse)
+
+
+def attend_backward(grad: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    queries, keys, cu_seqlens_q, cu_seqlens_k = call.layout.spans
+    tokens = grad.shape[0]
+    if queries is not None:
+        grad = grad.index_select(0, queries)
+    dq, dk, dv = raw.attention_backward(
+        grad, saved.q, saved.k, saved.v, saved.attended, saved.lse, cu_seqlens_q, cu_seqlens_k, *call.options
+    )
+    return _scattered(dq, queries, tokens), _scattered(dk, keys, tokens), _scattered(dv, keys, tokens)
+
+
+def _scattered(x: Tensor, index: Tensor | None, tokens: int) -> Tensor:
+    return x if index is None else x.new_zeros(tokens, *x.shape[1:]).index_copy_(0, index, x)
+
+
+def output_norm_mlp(attended: Tensor, residual: Tensor, w: OutputMLP) -> tuple[Tensor, tuple]:
+    """attended [T, H * K], residual [T, D] -> the block's output [T, D], and what to save."""
+    (y,), output_low = w.output.forward(attended)
+    y, output = _normed(y, w.after_attention)
+    normed, s, s_rstd = w.norm.add_forward(y, residual)
+    gate_up, gate_up_low = w.gate_up.forward(normed.to(attended.dtype))
+    (y,), down_low = w.down.forward(w.activation.forward(*_gate_and_up(gate_up)))
+    y, down = _normed(y, w.after_mlp)
+    return s + y, (output_low, output, s, s_rstd, gate_up, gate_up_low, down_low, down)
+
+
+def output_norm_mlp_backward(
+    grad: Tensor, w: OutputMLP, saved: Saved, wants: OutputMLP, call: Call
+) -> tuple[Tensor, Tensor, OutputMLP]:
+    """Gradients of attended [T, H, K] and of the residual [T, D], and those of the weights."""
+    dtype = saved.q.dtype
+    dy, after_mlp = _normed_backward(grad.to(dtype), w.after_mlp, saved.down, wants.after_mlp)
+    gate, up = _gate_and_up(saved.gate_up)
+    dinner, down = w.down.backward([dy], w.activation.forward(gate, up), saved.down_low, wants.down)
+    grads: tuple[Tensor, ...] = w.activation.backward(dinner, gate, up)
+    if len(w.gate_up.layers) == 1:
+        grads = (torch.cat(grads, dim=-1),)
+    normed, _ = w.norm.forward(saved.s)
+    dnormed, gate_up = w.gate_up.backward(grads, normed.to(dtype), saved.gate_up_low, wants.gate_up)
+    ds, norm = w.norm.backward(dnormed, saved.s, saved.s_rstd, wants.norm, grad.to(saved.s.dtype))
+    dy, after_attention = _normed_backward(ds.to(dtype), w.after_attention, saved.output, wants.after_attention)
+    attended = _scattered(saved.attended, call.layout.spans.queries, len(ds)).flatten(1)
+    dattended, output = w.output.backward([dy], attended, saved.output_low, wants.output)
+    found = OutputMLP(output, norm, gate_up, Activation(None), down, after_attention, after_mlp)  # type: ignore
+    return dattended.unflatten(1, (-1, call.head_dim)), ds.to(saved.x.dtype), found
+
+
+def _gate_and_up(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
+    return gate, up
+
+
+def _normed(y: Tensor, norm: Norm | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """y through a norm that a family may have, and what to save for it."""
+    if norm is None:
+        return y, ()
+    normed, rstd = norm.forward(y)
+    return normed, (y, rstd)
+
+
+def _normed_backward(
+    grad: Tensor, norm: Norm | None, saved: tuple[Tensor, ...], wants: Norm | None
+) -> tuple[Tensor, Norm | None]:
+    if norm is None:
+        return grad, None
+    y, rstd = saved
+    return norm.backward(grad, y, rstd, wants)  # type: ignore[arg-type]
