@@ -109,7 +109,7 @@ class Forward {
       if (p.rank() == 0) continue;
       o.parts = parts_of<T>(p.a);
       o.x_low = dropout_.p > 0 ? dropped(x_, dropout_, p.seed) : x_;
-      o.xa_low = at::zeros({x_.size(0), even(p.rank())}, x_.options());
+      o.xa_low = empty_padded<T>(x_.size(0), p.rank(), even(p.rank()), x_.options());
       o.a_parts = Packed<T>(width(), o.parts * p.rank(), x_.options());
       o.a_parts.add_transposed(jobs, row_parts(p.a, o.parts));
       o.b = Packed<T>(p.rank(), p.out(), x_.options());

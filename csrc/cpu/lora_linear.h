@@ -11,7 +11,6 @@
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include "cpu/gemm.h"
 #include "cpu/tasks.h"
@@ -128,6 +127,15 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, int64_t lda, const T
     if (whole < rows)
       gemm_tile(rows - whole, columns, n, lda, kPanel, ldc, adds, a + whole * lda + k, b, c + whole * ldc);
   }
+}
+
+// [rows, padded], of which only the columns that pad `columns` are written, with zeros.
+template <typename T>
+at::Tensor empty_padded(int64_t rows, int64_t columns, int64_t padded, const at::TensorOptions& options) {
+  auto out = at::empty({rows, padded}, options);
+  T* data = out.mutable_data_ptr<T>();
+  for (int64_t r = 0; r < rows; ++r) std::fill(data + r * padded + columns, data + (r + 1) * padded, T(0.0f));
+  return out;
 }
 
 // A piece of scratch memory for each worker.

@@ -3,7 +3,7 @@
 // operand.
 #include <tuple>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "cpu/dispatch.h"
@@ -92,13 +92,13 @@ class Backward {
       if (wants_x_) {
         o.a = Packed<T>(p.rank(), width(), x_.options());
         o.a.add_rows(jobs, p.a);
-        o.dxa_low = at::zeros({tokens_, even(p.rank())}, x_.options());
+        o.dxa_low = empty_padded<T>(tokens_, p.rank(), even(p.rank()), x_.options());
       }
       if (wants_[i].a) {
         o.x_low = dropout_.p > 0 ? dropped(x_, dropout_, p.seed) : x_;
-        o.dxa_t = at::zeros({low_rows(i), padded_}, x_.options());
+        o.dxa_t = empty_padded<T>(low_rows(i), tokens_, padded_, x_.options());
       }
-      if (wants_[i].b) o.xa_t = at::zeros({low_rows(i), padded_}, x_.options());
+      if (wants_[i].b) o.xa_t = empty_padded<T>(low_rows(i), tokens_, padded_, x_.options());
     }
     run(jobs);
   }

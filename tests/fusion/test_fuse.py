@@ -246,7 +246,7 @@ def test_explain_lists_every_part(capsys):
     found = {(row.module.removeprefix("base_model.model."), row.op): row for row in rows}
     for part in [
         ("model.layers.1.input_layernorm", "rms_norm"), ("model.layers.1.self_attn.q_proj", "lora_linear"),
-        ("model.layers.1.self_attn.k_proj", "linear"), ("model.layers.1.self_attn.q_norm", "rms_norm"),
+        ("model.layers.1.self_attn.k_proj", "lora_linear"), ("model.layers.1.self_attn.q_norm", "rms_norm"),
         ("model.layers.1.self_attn", "rope"), ("model.layers.1.self_attn", "attention"),
         ("model.layers.1.post_attention_layernorm", "add_rms_norm"), ("model.layers.1.mlp", "swiglu"),
         ("model.norm", "rms_norm"), ("lm_head", "linear_cross_entropy"), ("lm_head", "token_stats"),
