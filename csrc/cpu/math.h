@@ -27,14 +27,15 @@ FASTPT_INLINE bf16 from_float<bf16>(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   bf16 out;
-  out.x = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  out.x = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
   return out;
 }
 
 // e^x within 1.5 ulp of float32: x = n ln2 + r, a degree-6 polynomial on |r| <= ln2 / 2 (Cephes expf coefficients),
-// scaled by 2^n in two steps so that subnormal results are right. Branch-free, so it vectorises.
+// scaled by 2^n in two steps so that subnormal results are right and those beyond the range become infinite. The clamps
+// are written so that each is one instruction (std::max and std::min make three) and a NaN passes through.
 FASTPT_INLINE float exp_f(float x) {
-  const float clamped = std::min(std::max(x, -104.0f), 88.8f);
+  const float floored = -104.0f > x ? -104.0f : x, clamped = 89.0f < floored ? 89.0f : floored;
   const float n = __builtin_rintf(clamped * 1.44269504088896341f);
   float r = clamped - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -51,8 +52,7 @@ FASTPT_INLINE float exp_f(float x) {
   float low, high;
   std::memcpy(&low, &low_bits, sizeof low);
   std::memcpy(&high, &high_bits, sizeof high);
-  const float result = p * low * high;
-  return x != x ? x : (x > 88.8f ? std::numeric_limits<float>::infinity() : result);
+  return p * low * high;
 }
 
 FASTPT_INLINE float sigmoid_f(float x) {
