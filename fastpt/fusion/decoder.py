@@ -16,6 +16,11 @@ from fastpt.fusion.layout import Layout
 from fastpt.fusion.pieces import Activation, Linears, Norm, product_dtype, raw
 
 
+# The last piece, whose inner width is the largest, goes by so many tokens: what it needs for a moment does not grow with
+# the length of a row, and its blocks of memory are of one size and get used again.
+ROWS = 2048
+
+
 class QKV(NamedTuple):
     """What the first piece needs: one packed projection or three, and the norms of the heads where there are any."""
 
@@ -78,6 +83,12 @@ class Saved(NamedTuple):
     v: Tensor
     attended: Tensor  # [N, H, K]
     lse: Tensor  # [N, H]
+    mlp: list[SavedMLP]  # one for every ROWS tokens
+
+
+class SavedMLP(NamedTuple):
+    """What backward needs of the last piece, for some of the tokens."""
+
     output_low: list[Tensor]
     output: tuple[Tensor, ...]  # the projection and its 1 / rms, where a norm follows
     s: Tensor  # [T, D], the residual stream after attention
@@ -105,13 +116,14 @@ class _DecoderBlock(torch.autograd.Function):
             shape = (call.layout.batch, call.layout.length)
             call.cache.update(*(t.unflatten(0, shape).transpose(1, 2) for t in (k, v)), call.layer_idx)
         attended, second = attend(q, k, v, call)
-        out, third = output_norm_mlp(attended.flatten(1), x, mlp)
-        kept, ctx.saved_spec = tree_flatten(Saved(*first, *second, *third))
+        rows = zip(attended.flatten(1).split(ROWS), x.split(ROWS), strict=True)
+        outs, third = zip(*(output_norm_mlp(some, residual, mlp) for some, residual in rows), strict=True)
+        kept, ctx.saved_spec = tree_flatten(Saved(*first, *second, mlp=list(third)))
         ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         ctx.others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         ctx.call, ctx.spec, ctx.count = call._replace(cache=None), spec, len(kept)
         ctx.save_for_backward(*kept, cos, sin, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
-        return out
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -122,9 +134,12 @@ class _DecoderBlock(torch.autograd.Function):
         qkv, mlp = tree_unflatten([next(tensors if is_one else others) for is_one in ctx.is_tensor], ctx.spec)
         wants_x, wants = ctx.needs_input_grad[0], tree_unflatten(list(ctx.needs_input_grad[5:]), ctx.spec)
         saved: Saved = tree_unflatten(list(kept), ctx.saved_spec)
-        dattended, dx, dmlp = output_norm_mlp_backward(grad, mlp, saved, wants[1], ctx.call)
+        attended = _scattered(saved.attended, ctx.call.layout.spans.queries, len(grad)).flatten(1)
+        rows = zip(grad.split(ROWS), attended.split(ROWS), saved.mlp, strict=True)
+        dattended, dx, dmlp = _joined([output_norm_mlp_backward(*some, mlp, wants[1]) for some in rows])
+        dattended = dattended.unflatten(1, (-1, ctx.call.head_dim))
         dq, dk, dv = attend_backward(dattended, saved, ctx.call)
-        dx, dqkv = norm_qkv_rope_backward(dq, dk, dv, dx, cos, sin, qkv, saved, wants[0], ctx.call)
+        dx, dqkv = norm_qkv_rope_backward(dq, dk, dv, dx.to(saved.x.dtype), cos, sin, qkv, saved, wants[0], ctx.call)
         return dx if wants_x else None, None, None, None, None, *tree_flatten((dqkv, dmlp))[0]
 
 
@@ -200,7 +215,7 @@ def _scattered(x: Tensor, index: Tensor | None, tokens: int) -> Tensor:
     return x if index is None else x.new_zeros(tokens, *x.shape[1:]).index_copy_(0, index, x)
 
 
-def output_norm_mlp(attended: Tensor, residual: Tensor, w: OutputMLP) -> tuple[Tensor, tuple]:
+def output_norm_mlp(attended: Tensor, residual: Tensor, w: OutputMLP) -> tuple[Tensor, SavedMLP]:
     """attended [T, H * K], residual [T, D] -> the block's output [T, D], and what to save."""
     (y,), output_low = w.output.forward(attended)
     y, output = _normed(y, w.after_attention)
@@ -208,14 +223,14 @@ def output_norm_mlp(attended: Tensor, residual: Tensor, w: OutputMLP) -> tuple[T
     gate_up, gate_up_low = w.gate_up.forward(normed.to(attended.dtype))
     (y,), down_low = w.down.forward(w.activation.forward(*_gate_and_up(gate_up)))
     y, down = _normed(y, w.after_mlp)
-    return s + y, (output_low, output, s, s_rstd, gate_up, gate_up_low, down_low, down)
+    return s + y, SavedMLP(output_low, output, s, s_rstd, gate_up, gate_up_low, down_low, down)
 
 
 def output_norm_mlp_backward(
-    grad: Tensor, w: OutputMLP, saved: Saved, wants: OutputMLP, call: Call
+    grad: Tensor, attended: Tensor, saved: SavedMLP, w: OutputMLP, wants: OutputMLP
 ) -> tuple[Tensor, Tensor, OutputMLP]:
-    """Gradients of attended [T, H, K] and of the residual [T, D], and those of the weights."""
-    dtype = saved.q.dtype
+    """Gradients of attended [T, H * K] and of the residual [T, D], and those of the weights."""
+    dtype = attended.dtype
     dy, after_mlp = _normed_backward(grad.to(dtype), w.after_mlp, saved.down, wants.after_mlp)
     gate, up = _gate_and_up(saved.gate_up)
     dinner, down = w.down.backward([dy], w.activation.forward(gate, up), saved.down_low, wants.down)
@@ -226,10 +241,20 @@ def output_norm_mlp_backward(
     dnormed, gate_up = w.gate_up.backward(grads, normed.to(dtype), saved.gate_up_low, wants.gate_up)
     ds, norm = w.norm.backward(dnormed, saved.s, saved.s_rstd, wants.norm, grad.to(saved.s.dtype))
     dy, after_attention = _normed_backward(ds.to(dtype), w.after_attention, saved.output, wants.after_attention)
-    attended = _scattered(saved.attended, call.layout.spans.queries, len(ds)).flatten(1)
     dattended, output = w.output.backward([dy], attended, saved.output_low, wants.output)
     found = OutputMLP(output, norm, gate_up, Activation(None), down, after_attention, after_mlp)  # type: ignore
-    return dattended.unflatten(1, (-1, call.head_dim)), ds.to(saved.x.dtype), found
+    return dattended, ds, found
+
+
+def _joined(parts: list[tuple[Tensor, Tensor, OutputMLP]]) -> tuple[Tensor, Tensor, OutputMLP]:
+    """The gradients of all rows: those of activations one after another, those of weights added up."""
+    if len(parts) == 1:
+        return parts[0]
+    dattended, ds, found = zip(*parts, strict=True)
+    added = [
+        None if grads[0] is None else sum(grads) for grads in zip(*(tree_flatten(one)[0] for one in found), strict=True)
+    ]
+    return torch.cat(dattended), torch.cat(ds), tree_unflatten(added, tree_flatten(found[0])[1])
 
 
 def _gate_and_up(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
