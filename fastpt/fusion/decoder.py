@@ -118,7 +118,7 @@ class _DecoderBlock(torch.autograd.Function):
         attended, second = attend(q, k, v, call)
         rows = zip(attended.flatten(1).split(ROWS), x.split(ROWS), strict=True)
         outs, third = zip(*(output_norm_mlp(some, residual, mlp) for some, residual in rows), strict=True)
-        kept, ctx.saved_spec = tree_flatten(Saved(*first, *second, mlp=list(third)))
+        kept, ctx.saved_spec = tree_flatten(Saved._make((*first, *second, list(third))))
         ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         ctx.others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         ctx.call, ctx.spec, ctx.count = call._replace(cache=None), spec, len(kept)
