@@ -115,19 +115,18 @@ void attention_backward_panel(const BackwardPanel<T>& p, int64_t rows) {
   }
 }
 
-// sums[r] = a[r, :] . b[r, :]. For float in the order of accumulate(): where a query sees one key, out is its value,
-// and dp - delta is exactly 0.
+// sums[r] = a[r, :] . b[r, :]. For float in double: delta is taken from every dp of a row, which it may nearly cancel.
 inline void row_dots(int64_t rows, int64_t dim, int64_t a_stride, const float* a, int64_t b_stride, const float* b,
                      float* sums) {
   constexpr int64_t kChains = 8;
   for (int64_t r0 = 0; r0 < rows; r0 += kChains) {
-    float chains[kChains] = {};
+    double chains[kChains] = {};
     const int64_t n = std::min(kChains, rows - r0);
     for (int64_t d = 0; d < dim; ++d)
 #pragma GCC unroll 8
       for (int64_t r = 0; r < kChains; ++r) {
         const int64_t row = r0 + std::min(r, n - 1);
-        chains[r] += a[row * a_stride + d] * b[row * b_stride + d];
+        chains[r] += static_cast<double>(a[row * a_stride + d]) * b[row * b_stride + d];
       }
     std::copy_n(chains, n, sums + r0);
   }
