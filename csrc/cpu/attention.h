@@ -155,15 +155,23 @@ void for_each_task(int64_t tasks, const Body& body) {
   });
 }
 
-// X^T of one panel, from rows of X [rows, dim]: words [dim, padded(rows)], zero from `rows` on.
+// X^T of one panel, from rows of X [rows, dim]: words [dim, padded(rows)], zero from `rows` on. The last rows are
+// padded first: a whole block of kStep is transposed in registers, a part of one element by element.
 template <typename T>
 void pack_lanes(int64_t rows, int64_t dim, int64_t stride, const T* x, T* out) {
-  const int64_t width = padded(rows);
-  if (rows < width) std::fill_n(out, dim * width, T(0.0f));
-  if constexpr (std::is_same_v<T, float>)
-    transpose(rows, dim, stride, width, x, out);
-  else
-    pack_vnni_transposed(dim, rows, stride, width, x, out);
+  const auto transposed = [dim, width = padded(rows)](int64_t rows, int64_t stride, const T* x, T* out) {
+    if constexpr (std::is_same_v<T, float>)
+      transpose(rows, dim, stride, width, x, out);
+    else
+      pack_vnni_transposed(dim, rows, stride, width, x, out);
+  };
+  const int64_t whole = rows / kStep * kStep;
+  if (whole > 0) transposed(whole, stride, x, out);
+  if (whole == rows) return;
+  thread_local std::vector<T> copy;
+  copy.assign(kStep * dim, T(0.0f));
+  for (int64_t r = whole; r < rows; ++r) std::copy_n(x + r * stride, dim, copy.data() + (r - whole) * dim);
+  transposed(kStep, dim, copy.data(), out + whole * (4 / sizeof(T)));
 }
 
 // X for a sum over its rows: words [rows, columns], zero in the columns from dim on and in the odd half of a last pair.
