@@ -3,10 +3,10 @@
 #include "cpu/attention_tiles.h"
 
 // Weights e^(score - lse) and the gradient of the scores ds = p (dp - delta), times the slope of softcap, of kRows
-// queries against 16 * kVectors keys: both for sums over queries, ds also by rows.
+// queries against kLanes * kVectors keys: both for sums over queries, ds also by rows.
 template <typename T, int kRows, int kVectors>
 void gradient_tile(const BackwardPanel<T>& p, int64_t row, int64_t lane, T* dscore_rows) {
-  floats16 s[kRows][kVectors] = {}, slope[kRows][kVectors];
+  Floats s[kRows][kVectors] = {}, slope[kRows][kVectors];
   accumulate<T, false>(p.dim / kWord<T>, p.q + row * p.q_stride, p.q_stride, p.k + lane * kWord<T>, p.width, s);
   const bool is_capped = p.softcap > 0;
   if (is_capped) {
@@ -26,12 +26,12 @@ void gradient_tile(const BackwardPanel<T>& p, int64_t row, int64_t lane, T* dsco
   for (int r = 0; r < kRows; r += 2)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v)
-      store_pair(p.weights + at + r * kPanel + 16 * kWord<T> * v, pair_row, s[r][v],
-                 r + 1 < kRows ? s[r + 1 < kRows ? r + 1 : r][v] : floats16{});
+      store_pair(p.weights + at + r * kPanel + kLanes * kWord<T> * v, pair_row, s[r][v],
+                 r + 1 < kRows ? s[r + 1 < kRows ? r + 1 : r][v] : Floats{});
   if (is_capped)
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v) s[r][v] *= slope[r][v];
-  floats16 d[kRows][kVectors] = {};
+  Floats d[kRows][kVectors] = {};
   accumulate<T, false>(p.dim / kWord<T>, p.dout + row * p.dout_stride, p.dout_stride, p.v + lane * kWord<T>, p.width,
                        d);
 #pragma GCC unroll 8
@@ -39,14 +39,14 @@ void gradient_tile(const BackwardPanel<T>& p, int64_t row, int64_t lane, T* dsco
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       d[r][v] = (d[r][v] - splat(p.delta[row + r])) * s[r][v];
-      if constexpr (!std::is_same_v<T, float>) store_row(dscore_rows + r * kPanel + 16 * v, d[r][v]);
+      if constexpr (!std::is_same_v<T, float>) store_row(dscore_rows + r * kPanel + kLanes * v, d[r][v]);
     }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; r += 2)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v)
-      store_pair(p.dscores + at + r * kPanel + 16 * kWord<T> * v, pair_row, d[r][v],
-                 r + 1 < kRows ? d[r + 1 < kRows ? r + 1 : r][v] : floats16{});
+      store_pair(p.dscores + at + r * kPanel + kLanes * kWord<T> * v, pair_row, d[r][v],
+                 r + 1 < kRows ? d[r + 1 < kRows ? r + 1 : r][v] : Floats{});
 }
 
 template <typename T, int kVectors, int kRows = kTileRows>
@@ -73,14 +73,14 @@ void gradient_panel(const BackwardPanel<T>& p, int64_t rows) {
   const RowGroups groups(rows, 2);  // pairs of rows stay together
   for (int64_t i = 0; i < groups.groups; ++i) {
     const int64_t row = groups.begin(i), height = groups.begin(i + 1) - row;
-    const int64_t end = p.seen.last(row + height - 1), begin = std::min(p.seen.first(row) / 16 * 16, end);
+    const int64_t end = p.seen.last(row + height - 1), begin = std::min(p.seen.first(row) / kLanes * kLanes, end);
     int64_t lane = begin;
-    for (int64_t vectors; lane < end; lane += 16 * vectors) {
-      vectors = std::min<int64_t>((end - lane + 15) / 16, kTileVectors);
+    for (int64_t vectors; lane < end; lane += kLanes * vectors) {
+      vectors = std::min<int64_t>((end - lane + kLanes - 1) / kLanes, kTileVectors);
       if (vectors == 4) {
-        if constexpr (kTileVectors == 4) gradient_rows<T, 4>(height, p, row, lane, buffer + lane);
+        gradient_rows<T, 4>(height, p, row, lane, buffer + lane);
       } else if (vectors == 3) {
-        if constexpr (kTileVectors == 4) gradient_rows<T, 3>(height, p, row, lane, buffer + lane);
+        gradient_rows<T, 3>(height, p, row, lane, buffer + lane);
       } else if (vectors == 2) {
         gradient_rows<T, 2>(height, p, row, lane, buffer + lane);
       } else {
@@ -101,7 +101,7 @@ void attention_backward_panel(const BackwardPanel<T>& p, int64_t rows) {
   gradient_panel(p, rows);
   // Keys in strips, each with the queries that see some of it; one strip where all see all.
   const bool is_full = p.seen.first(rows - 1) == 0 && p.seen.last(0) == p.seen.lanes;
-  const int64_t strip = is_full ? p.width : 16;
+  const int64_t strip = is_full ? p.width : kLanes;
   for (int64_t lane = 0; lane < p.seen.lanes; lane += strip) {
     const int64_t keys = std::min(strip, p.seen.lanes - lane);
     const int64_t first = std::clamp(lane - p.seen.end + 1, int64_t{0}, rows) / kWord<T>;
@@ -135,9 +135,10 @@ inline void row_dots(int64_t rows, int64_t dim, int64_t a_stride, const bf16* a,
                      float* sums) {
   for (int64_t r = 0; r < rows; ++r) {
     const bf16 *x = a + r * a_stride, *y = b + r * b_stride;
-    floats16 lanes = {};
+    Floats lanes = {};
     int64_t d = 0;
-    for (; d + 32 <= dim; d += 32) lanes = multiply_add<bf16>(load16<words16>(x + d), load16<words16>(y + d), lanes);
+    for (; d + 2 * kLanes <= dim; d += 2 * kLanes)
+      lanes = multiply_add<bf16>(load_vector<Words>(x + d), load_vector<Words>(y + d), lanes);
     float sum = lane_sum(lanes);
     for (; d < dim; ++d) sum += to_float(x[d]) * to_float(y[d]);
     sums[r] = sum;

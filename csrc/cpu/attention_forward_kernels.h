@@ -7,26 +7,26 @@
 constexpr float kSlack = 8.0f;
 
 template <typename T, int kRows>
-FASTPT_INLINE void raise_maximum(const ForwardPanel<T>& p, int64_t row, const floats16 (&top)[kRows]) {
+FASTPT_INLINE void raise_maximum(const ForwardPanel<T>& p, int64_t row, const Floats (&top)[kRows]) {
   for (int r = 0; r < kRows; ++r) {
-    float *max = p.max + row + r, *sum = p.sum + 16 * (row + r), *out = p.out + (row + r) * p.columns;
+    float *max = p.max + row + r, *sum = p.sum + kLanes * (row + r), *out = p.out + (row + r) * p.columns;
     const float raised = std::max(*max, lane_max(top[r]));
-    const floats16 factor = power_of_2<float>(splat(*max - raised), p.scale * kLog2E);
+    const Floats factor = power_of_2<float>(splat(*max - raised), p.scale * kLog2E);
     *max = raised;
-    store16(sum, load16<floats16>(sum) * factor);
-    for (int64_t c = 0; c < p.columns; c += 16) store16(out + c, load16<floats16>(out + c) * factor);
+    store_vector(sum, load_vector<Floats>(sum) * factor);
+    for (int64_t c = 0; c < p.columns; c += kLanes) store_vector(out + c, load_vector<Floats>(out + c) * factor);
   }
 }
 
-// Scores of kRows queries against 16 * kVectors keys from `lane` on, added to the state, and their weights.
+// Scores of kRows queries against kLanes * kVectors keys from `lane` on, added to the state, and their weights.
 template <typename T, int kRows, int kVectors>
 void weights_tile(const ForwardPanel<T>& p, int64_t row, int64_t lane, T* weights) {
-  floats16 s[kRows][kVectors] = {};
+  Floats s[kRows][kVectors] = {};
   accumulate<T, false>(p.dim / kWord<T>, p.q + row * p.q_stride, p.q_stride, p.k + lane * kWord<T>, p.width, s);
   if (p.softcap > 0) cap(p.inner, p.softcap, s);
   hide(p.seen, row, lane, s);
   const float scale = p.scale * kLog2E, slack = kSlack / scale;
-  floats16 top[kRows];
+  Floats top[kRows];
   bool is_above = false;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -38,15 +38,15 @@ void weights_tile(const ForwardPanel<T>& p, int64_t row, int64_t lane, T* weight
   if (__builtin_expect(is_above, 0)) raise_maximum<T, kRows>(p, row, top);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    const floats16 max = splat(p.max[row + r]);
-    floats16 total = load16<floats16>(p.sum + 16 * (row + r));
+    const Floats max = splat(p.max[row + r]);
+    Floats total = load_vector<Floats>(p.sum + kLanes * (row + r));
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const floats16 weight = power_of_2<T>(s[r][v] - max, scale);
+      const Floats weight = power_of_2<T>(s[r][v] - max, scale);
       total += weight;
-      store_row(weights + r * kPanel + 16 * v, weight);
+      store_row(weights + r * kPanel + kLanes * v, weight);
     }
-    store16(p.sum + 16 * (row + r), total);
+    store_vector(p.sum + kLanes * (row + r), total);
   }
 }
 
@@ -64,12 +64,13 @@ void attention_forward_panel(const ForwardPanel<T>& p, int64_t rows) {
   for (int64_t i = 0; i < groups.groups; ++i) {
     const int64_t row = groups.begin(i), height = groups.begin(i + 1) - row;
     const int64_t last = p.seen.last(row + height - 1);
-    for (int64_t lane = p.seen.first(row) / 16 * 16; lane < last; lane += 16 * kTileVectors) {
-      const int64_t lanes = std::min<int64_t>(last - lane, 16 * kTileVectors), vectors = (lanes + 15) / 16;
+    for (int64_t lane = p.seen.first(row) / kLanes * kLanes; lane < last; lane += kLanes * kTileVectors) {
+      const int64_t lanes = std::min<int64_t>(last - lane, kLanes * kTileVectors),
+                    vectors = (lanes + kLanes - 1) / kLanes;
       if (vectors == 4) {
-        if constexpr (kTileVectors == 4) weights_rows<T, 4>(height, p, row, lane, weights);
+        weights_rows<T, 4>(height, p, row, lane, weights);
       } else if (vectors == 3) {
-        if constexpr (kTileVectors == 4) weights_rows<T, 3>(height, p, row, lane, weights);
+        weights_rows<T, 3>(height, p, row, lane, weights);
       } else if (vectors == 2) {
         weights_rows<T, 2>(height, p, row, lane, weights);
       } else {
@@ -87,7 +88,7 @@ template <typename T>
 void attention_forward_finish(const ForwardPanel<T>& p, int64_t rows, T* out, int64_t out_stride, float* lse,
                               int64_t lse_stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    const float sum = lane_sum(load16<floats16>(p.sum + 16 * r));
+    const float sum = lane_sum(load_vector<Floats>(p.sum + kLanes * r));
     const bool sees_any = sum != 0.0f;  // NaN counts as seen
     const double exact = static_cast<double>(p.max[r]) * p.scale + std::log(static_cast<double>(sum));
     lse[r * lse_stride] = sees_any ? static_cast<float>(exact) : std::numeric_limits<float>::infinity();
