@@ -1,5 +1,6 @@
-// attention forward for float and bfloat16: packs k and v once, then each (query block, head) walks its keys with an
-// online softmax. The definition is fastpt/ops/attention.py; what is shared with backward, and the layout, attention.h.
+// attention forward for float and bfloat16: packs k and v once, then each (query block, head) walks its panels of keys
+// with an online softmax. The definition is fastpt/ops/attention.py; what is shared with backward, and the layout,
+// attention.h.
 #include <tuple>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -7,6 +8,9 @@
 
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
+
+#define FASTPT_KERNELS "cpu/attention_forward_kernels.h"
+#include "cpu/for_each_isa.h"
 
 namespace fastpt {
 namespace {
@@ -41,6 +45,7 @@ AttentionPlan::AttentionPlan(const at::Tensor& q, const at::Tensor& k, const at:
                   q.scalar_type() == v.scalar_type() && scale > 0,
               "attention: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), ", scale ", scale, " do not fit");
   heads_q = q.size(1), heads_kv = k.size(1), group = heads_q / heads_kv, dim = q.size(2);
+  columns = padded(dim);
   constexpr int64_t kAll = int64_t{1} << 40;
   before = window ? *window - 1 : kAll;
   after = causal ? 0 : before;
@@ -62,7 +67,7 @@ std::vector<Block> AttentionPlan::query_blocks() const {
 }
 
 std::vector<Block> AttentionPlan::key_blocks() const {
-  return blocks(sequences, &Sequence::keys, kKeys);
+  return blocks(sequences, &Sequence::keys, kPanel);
 }
 
 at::Tensor attention_input(const at::Tensor& t) {
@@ -72,91 +77,73 @@ at::Tensor attention_input(const at::Tensor& t) {
 
 namespace {
 
-template <typename T>
-struct ForwardTiles {
-  T *query, *weights;
-  float *scores, *out, *rows, *max, *sum, *factor, *lse;
-
-  ForwardTiles(Arena arena, int64_t dim)
-      : query(arena.take<T>(dim * kQueries)),
-        weights(arena.take<T>(kKeys * kQueries)),
-        scores(arena.take<float>(kKeys * kQueries)),
-        out(arena.take<float>(dim * kQueries)),
-        rows(arena.take<float>(dim * kQueries)),
-        max(arena.take<float>(kQueries)),
-        sum(arena.take<float>(kQueries)),
-        factor(arena.take<float>(kQueries)),
-        lse(arena.take<float>(kQueries)),
-        bytes(arena.used) {}
+struct ForwardState {
+  float *max, *sum, *out;
   int64_t bytes;
+
+  ForwardState(Arena arena, int64_t columns)
+      : max(arena.take<float>(kQueries)),
+        sum(arena.take<float>(kQueries * kStep)),
+        out(arena.take<float>(kQueries * columns)),
+        bytes(arena.used) {}
 };
 
-// One block of queries of one head, against packed_k [keys, dim] and packed_vt (blocks of [dim, kKeys]) of its sequence
-// and key head.
 template <typename T>
-void forward_block(const AttentionPlan& plan, const Block& block, int64_t q_stride, const T* q, const T* packed_k,
-                   const T* packed_vt, const ForwardTiles<T>& tiles, int64_t out_stride, T* out, float* lse) {
-  const Sequence& s = plan.sequences[block.sequence];
-  const int64_t columns = padded(block.rows), dim = plan.dim;
-  const float scale = remaining_scale(plan);
-  pack_columns(block.rows, dim, q_stride, q, tiles.query);
-  std::fill_n(tiles.max, kQueries, -std::numeric_limits<float>::infinity());
-  std::fill_n(tiles.sum, kQueries, 0.0f);
-  const int64_t end = plan.end_key(s, block.first + block.rows - 1);
-  bool is_first = true;
-  for (int64_t key = plan.first_key(s, block.first), next; key < end; key = next) {
-    const int64_t tile = key / kKeys * kKeys, width = std::min(kKeys, padded(s.keys) - tile);
-    next = std::min(end, tile + kKeys);
-    score_tile(plan, block, key, next - key, packed_k + key * dim, tiles.query, tiles.scores);
-    FASTPT_BY_ISA(attention_softmax<T>)
-    (next - key, columns, scale, tiles.scores, tiles.max, tiles.sum, tiles.factor, tiles.weights);
-    if (!is_first) FASTPT_BY_ISA(attention_rescale)(dim, columns, tiles.factor, tiles.out);
-    gemm_tile(dim, columns, next - key, width, kQueries, kQueries, !is_first, packed_vt + tile * dim + (key - tile),
-              tiles.weights, tiles.out);
-    is_first = false;
+struct Forward {
+  const AttentionPlan& plan;
+  Heads<const T> q, k, v;
+  Heads<T> out;
+  float* lse;
+  T *packed_k, *packed_v;  // each [heads_kv, packed_keys, columns]: k by panels for the lanes, v for the sum over keys
+
+  int64_t packed_at(const Sequence& s, int64_t head) const {
+    return (head * plan.packed_keys + s.packed_key0) * plan.columns;
   }
-  if (is_first) std::fill_n(tiles.out, dim * kQueries, 0.0f);
-  FASTPT_BY_ISA(attention_finish)(columns, scale, tiles.max, tiles.sum, tiles.lse, tiles.factor);
-  for (int64_t r = 0; r < block.rows; ++r) lse[r * plan.heads_q] = tiles.lse[r];
-  FASTPT_BY_ISA(attention_rescale)(dim, columns, tiles.factor, tiles.out);
-  transpose(dim, columns, kQueries, dim, tiles.out, tiles.rows);
-  FASTPT_BY_ISA(attention_store_rows<T>)(block.rows, dim, tiles.rows, 1.0f, out_stride, out);
-}
 
-template <typename T>
-void forward(const AttentionPlan& plan, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor& out,
-             at::Tensor& lse) {
-  const Heads<const T> queries(q), keys(k), values(v);
-  const Heads<T> outputs(out);
-  float* lses = lse.mutable_data_ptr<float>();
-  auto packed = at::empty({2, plan.heads_kv, plan.packed_keys, plan.dim}, q.options());
-  T* packed_k = packed.mutable_data_ptr<T>();
-  T* packed_vt = packed_k + packed.stride(0);
-  const auto key_blocks = plan.key_blocks(), query_blocks = plan.query_blocks();
-  const int64_t n_keys = key_blocks.size(), n_queries = query_blocks.size();
-
-  for_each_task(plan.heads_kv * n_keys, [&](int64_t, int64_t task) {
-    const Block& block = key_blocks[task % n_keys];
+  void pack(const Block& block, int64_t head) const {
     const Sequence& s = plan.sequences[block.sequence];
-    const int64_t head = task / n_keys, token = s.key0 + block.first;
-    const int64_t at = (head * plan.packed_keys + s.packed_key0 + block.first) * plan.dim;
-    copy_rows(block.rows, plan.dim, keys.token, keys.at(token, head), packed_k + at);
-    copy_columns(block.rows, plan.dim, values.token, values.at(token, head), packed_vt + at);
-  });
+    const int64_t token = s.key0 + block.first, at = packed_at(s, head) + block.first * plan.columns;
+    pack_lanes(block.rows, plan.dim, k.token, k.at(token, head), packed_k + at);
+    pack_pairs(block.rows, plan.dim, plan.columns, v.token, v.at(token, head), packed_v + at);
+  }
 
-  const int64_t bytes = ForwardTiles<T>(Arena{nullptr}, plan.dim).bytes;
-  auto scratch = at::empty({at::get_num_threads(), bytes}, q.options().dtype(at::kByte));
-  char* base = static_cast<char*>(scratch.mutable_data_ptr());
-  for_each_task(plan.heads_q * n_queries, [&](int64_t worker, int64_t task) {
-    const Block& block = query_blocks[n_queries - 1 - task % n_queries];  // the longest first
+  void block(const Block& block, int64_t head, const ForwardState& state) const {
     const Sequence& s = plan.sequences[block.sequence];
-    const int64_t head = task / n_queries, token = s.query0 + block.first;
-    const int64_t at = (head / plan.group * plan.packed_keys + s.packed_key0) * plan.dim;
-    forward_block<T>(plan, block, queries.token, queries.at(token, head), packed_k + at, packed_vt + at,
-                     ForwardTiles<T>(Arena{base + worker * bytes}, plan.dim), outputs.token, outputs.at(token, head),
-                     lses + token * plan.heads_q + head);
-  });
-}
+    const int64_t token = s.query0 + block.first;
+    std::fill_n(state.max, kQueries, std::numeric_limits<float>::lowest());
+    std::fill_n(state.sum, kQueries * kStep, 0.0f);
+    std::fill_n(state.out, block.rows * plan.columns, 0.0f);
+    ForwardPanel<T> panel{};
+    panel.q = q.at(token, head), panel.q_stride = q.token;
+    panel.dim = plan.dim, panel.columns = plan.columns;
+    panel.scale = plan.remaining_scale(), panel.softcap = plan.softcap, panel.inner = plan.scale / plan.softcap;
+    panel.max = state.max, panel.sum = state.sum, panel.out = state.out;
+    const auto run = FASTPT_BY_ISA(attention_forward_panel<T>);
+    const int64_t end = plan.end_key(s, block.first + block.rows - 1), at = packed_at(s, head / plan.group);
+    for (int64_t key = plan.first_key(s, block.first); key < end; key += kPanel) {
+      panel.k = packed_k + at + key * plan.columns, panel.v = packed_v + at + key * plan.columns;
+      panel.seen = plan.visible(block, key);
+      panel.width = padded(panel.seen.lanes);
+      run(panel, block.rows);
+    }
+    FASTPT_BY_ISA(attention_forward_finish<T>)
+    (panel, block.rows, out.at(token, head), out.token, lse + token * plan.heads_q + head, plan.heads_q);
+  }
+
+  void run(const at::TensorOptions& options) const {
+    const auto key_blocks = plan.key_blocks(), query_blocks = plan.query_blocks();
+    const int64_t n_keys = key_blocks.size(), n_queries = query_blocks.size();
+    for_each_task(plan.heads_kv * n_keys,
+                  [&](int64_t, int64_t task) { pack(key_blocks[task % n_keys], task / n_keys); });
+    const int64_t bytes = ForwardState(Arena{nullptr}, plan.columns).bytes;
+    auto scratch = at::empty({at::get_num_threads(), bytes}, options.dtype(at::kByte));
+    char* base = static_cast<char*>(scratch.mutable_data_ptr());
+    for_each_task(plan.heads_q * n_queries, [&](int64_t worker, int64_t task) {
+      const Block& longest_first = query_blocks[n_queries - 1 - task % n_queries];
+      block(longest_first, task / n_queries, ForwardState(Arena{base + worker * bytes}, plan.columns));
+    });
+  }
+};
 
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const std::optional<at::Tensor>& cu_seqlens_q,
@@ -169,7 +156,14 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   const AttentionPlan plan(qi, ki, vi, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale);
   auto out = at::empty(qi.sizes(), q.options());
   auto lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
-  by_dtype(q, [&]<typename T>() { forward<T>(plan, qi, ki, vi, out, lse); });
+  auto packed = at::empty({2, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
+  by_dtype(q, [&]<typename T>() {
+    T* p = packed.mutable_data_ptr<T>();
+    const Forward<T> forward{
+        plan, Heads<const T>(qi),  Heads<const T>(ki), Heads<const T>(vi), Heads<T>(out), lse.mutable_data_ptr<float>(),
+        p,    p + packed.stride(0)};
+    forward.run(q.options());
+  });
   return {attention_output(out, q.size(2)), lse};
 }
 

@@ -1,7 +1,8 @@
 // Flash attention on the CPU: what forward and backward share; the definition is fastpt/ops/attention.py.
-// Scores are held transposed, [keys, queries]: a vector lane is a query, so softmax never reduces across lanes, and the
-// probabilities come out as the second operand of one GEMM and the first of another without a transpose. Everything a
-// GEMM reads is first packed into zero-padded tiles, so no inner loop has a tail.
+// Queries are rows and keys are lanes: q and its gradient are read where they lie, and what the kernels want packed
+// (k and v, for the lanes or for the sum over keys) is packed once for all query heads that share it. The products are
+// the register tiles of attention_tiles.h, not calls of gemm_tile: softmax and its gradient work on the sums before
+// they leave the registers, and what the mask hides is skipped by rows and vectors.
 #pragma once
 
 #include <algorithm>
@@ -18,11 +19,10 @@
 
 namespace fastpt {
 
-// A tile of scores [kKeys, kQueries] is 32 KiB, which the GEMM leaves in L1 or L2. Fewer queries compute fewer scores
-// that the causal mask throws away, more reread dk and dv less often. Tiles are cut to multiples of kStep, one vector.
+// A block of queries against a panel of keys, which is what one call of a kernel does: all it reads stays in L1 and L2.
 constexpr int64_t kQueries = 64;
-constexpr int64_t kKeys = 128;
-constexpr int64_t kStep = 16;
+constexpr int64_t kPanel = 64;
+constexpr int64_t kStep = 16;  // keys and columns are padded to whole vectors
 
 inline int64_t padded(int64_t n) {
   return (n + kStep - 1) / kStep * kStep;
@@ -33,32 +33,78 @@ struct Sequence {
   int64_t packed_key0;  // first row in packed tensors, where every sequence has padded(keys) rows
 };
 
-// A block of at most kQueries queries or kKeys keys; `first` counts from the start of the sequence.
+// A block of at most kQueries queries or kPanel keys; `first` counts from the start of the sequence.
 struct Block {
   int64_t sequence, first, rows;
 };
 
+// Row r of a block of queries sees the lanes [begin + r, end + r) of a panel of keys, as far as the panel goes.
+struct Visible {
+  int64_t begin, end, lanes;
+
+  int64_t first(int64_t r) const { return std::clamp(begin + r, int64_t{0}, lanes); }
+  int64_t last(int64_t r) const { return std::clamp(end + r, int64_t{0}, lanes); }
+};
+
 // Everything about a call but the data.
 struct AttentionPlan {
-  int64_t heads_q, heads_kv, group, dim;  // group: query heads per key head; dim: the head dim, made even for bfloat16
-  int64_t before, after;                  // how many keys before and after its own position a query sees
-  float scale, softcap;                   // softcap 0: none
-  int64_t packed_keys, longest;           // sum and maximum of padded(keys)
+  int64_t heads_q, heads_kv, group;  // group: query heads per key head
+  int64_t dim, columns;              // the head dim, made even for bfloat16, and padded
+  int64_t before, after;             // how many keys before and after its own position a query sees
+  float scale, softcap;              // softcap 0: none
+  int64_t packed_keys, longest;      // sum and maximum of padded(keys)
   std::vector<Sequence> sequences;
 
   AttentionPlan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                 const std::optional<at::Tensor>& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k,
                 bool causal, std::optional<int64_t> window, std::optional<double> softcap, double scale);
 
-  // The keys that some query of a block may see, rounded outwards to kStep within the padded sequence.
-  int64_t first_key(const Sequence& s, int64_t query) const {
-    return std::clamp(query + s.keys - s.queries - before, int64_t{0}, s.keys) / kStep * kStep;
+  // The keys that some of the queries [first, last] of a sequence may see, rounded outwards to panels.
+  int64_t first_key(const Sequence& s, int64_t first) const {
+    return std::clamp(first + s.keys - s.queries - before, int64_t{0}, s.keys) / kPanel * kPanel;
   }
-  int64_t end_key(const Sequence& s, int64_t last_query) const {
-    return padded(std::clamp(last_query + s.keys - s.queries + after + 1, int64_t{0}, s.keys));
+  int64_t end_key(const Sequence& s, int64_t last) const {
+    return std::clamp(last + s.keys - s.queries + after + 1, int64_t{0}, s.keys);
   }
+  // What a block of queries sees of the panel of keys that starts at `key`.
+  Visible visible(const Block& block, int64_t key) const {
+    const Sequence& s = sequences[block.sequence];
+    const int64_t own = block.first + s.keys - s.queries - key;
+    return {own - before, own + after + 1, std::min(kPanel, s.keys - key)};
+  }
+
+  // What scores are multiplied by in the exponent: all that softcap has left to do.
+  float remaining_scale() const { return softcap > 0 ? 1.0f : scale; }
+
   std::vector<Block> query_blocks() const;
   std::vector<Block> key_blocks() const;
+};
+
+// What the kernels are given: pointers to the first row of a block and the first key of a panel.
+template <typename T>
+struct ForwardPanel {
+  const T* q;  // rows of the user's tensor
+  int64_t q_stride, dim;
+  const T *k, *v;          // k: words [dim, width]; v: words [keys, columns]
+  int64_t width, columns;  // columns: dim, padded
+  Visible seen;
+  float scale, softcap;    // scale is that of the exponent; softcap 0: none
+  float inner;             // softcap: scale / softcap
+  float *max, *sum, *out;  // state of the block: [rows], [rows, 16 lanes], [rows, columns]; max is unscaled
+};
+
+template <typename T>
+struct BackwardPanel {
+  const T *q, *dout;  // rows of the user's tensors
+  int64_t q_stride, dout_stride, dim;
+  const T *q_pairs, *dout_pairs;  // words [rows, columns]
+  const T *k, *v, *k_pairs;       // words [dim, width] of k and v, words [keys, columns] of k
+  int64_t width, columns;         // columns: dim, padded
+  Visible seen;
+  float scale, softcap, inner;  // scale is that of the exponent; softcap 0: none; inner: scale / softcap
+  const float *lse, *delta;     // [rows]
+  T *weights, *dscores;         // scratch: words [rows, kPanel]
+  float *dq, *dk, *dv;          // [rows, columns], [keys, columns] twice
 };
 
 // A tensor [tokens, heads, dim] with contiguous last dim, as attention_input() makes it.
@@ -106,71 +152,36 @@ void for_each_task(int64_t tasks, const Body& body) {
   at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t task = next++; task < tasks; task = next++) body(worker, task);
-    gemm_release();
   });
 }
 
-// X^T as the second operand of a tile, from rows of X [rows, dim]: kQueries columns apart, the columns from rows on
-// zero.
+// X^T of one panel, from rows of X [rows, dim]: words [dim, padded(rows)], zero from `rows` on. The last rows are
+// padded first: a whole block of kStep is transposed in registers, a part of one element by element.
 template <typename T>
-void pack_columns(int64_t rows, int64_t dim, int64_t stride, const T* x, T* out) {
-  if (rows < kQueries) std::fill_n(out, dim * kQueries, T(0.0f));
+void pack_lanes(int64_t rows, int64_t dim, int64_t stride, const T* x, T* out) {
+  const auto transposed = [dim, width = padded(rows)](int64_t rows, int64_t stride, const T* x, T* out) {
+    if constexpr (std::is_same_v<T, float>)
+      transpose(rows, dim, stride, width, x, out);
+    else
+      pack_vnni_transposed(dim, rows, stride, width, x, out);
+  };
+  const int64_t whole = rows / kStep * kStep;
+  if (whole > 0) transposed(whole, stride, x, out);
+  if (whole == rows) return;
+  thread_local std::vector<T> copy;
+  copy.assign(kStep * dim, T(0.0f));
+  for (int64_t r = whole; r < rows; ++r) std::copy_n(x + r * stride, dim, copy.data() + (r - whole) * dim);
+  transposed(kStep, dim, copy.data(), out + whole * (4 / sizeof(T)));
+}
+
+// X for a sum over its rows: words [rows, columns], zero in the columns from dim on and in the odd half of a last pair.
+template <typename T>
+void pack_pairs(int64_t rows, int64_t dim, int64_t columns, int64_t stride, const T* x, T* out) {
+  if (dim < columns) std::fill_n(out, (rows + 1) / 2 * 2 * columns, T(0.0f));
   if constexpr (std::is_same_v<T, float>)
-    transpose(rows, dim, stride, kQueries, x, out);
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(x + r * stride, dim, out + r * columns);
   else
-    pack_vnni_transposed(dim, rows, stride, kQueries, x, out);
-}
-
-// Rows of X [rows, dim] zero-padded to padded(rows), as they are (a first operand) or, by pack_rows, as a second one.
-template <typename T>
-void copy_rows(int64_t rows, int64_t dim, int64_t stride, const T* x, T* out) {
-  for (int64_t r = 0; r < rows; ++r) std::copy_n(x + r * stride, dim, out + r * dim);
-  std::fill(out + rows * dim, out + padded(rows) * dim, T(0.0f));
-}
-template <typename T>
-void pack_rows(int64_t rows, int64_t dim, int64_t stride, const T* x, T* out) {
-  if constexpr (std::is_same_v<T, float>) {
-    copy_rows(rows, dim, stride, x, out);
-  } else {
-    pack_vnni(rows, dim, stride, dim, x, out);
-    std::fill(out + (rows + 1) / 2 * 2 * dim, out + padded(rows) * dim, T(0.0f));
-  }
-}
-
-// X^T as the first operand, [dim, padded(rows)], from rows of X.
-template <typename T>
-void copy_columns(int64_t rows, int64_t dim, int64_t stride, const T* x, T* out) {
-  if (rows < padded(rows)) std::fill_n(out, dim * padded(rows), T(0.0f));
-  transpose(rows, dim, stride, padded(rows), x, out);
-}
-
-}  // namespace fastpt
-
-#define FASTPT_KERNELS "cpu/attention_kernels.h"
-#include "cpu/for_each_isa.h"
-
-namespace fastpt {
-
-// Scores of a block's queries (columns, up to a multiple of kStep) against keys [first_key, + keys): the product,
-// capped if the plan says so, and -inf where a query does not see a key. packed_k: rows; packed_q: pack_columns of the
-// block.
-template <typename T>
-void score_tile(const AttentionPlan& plan, const Block& block, int64_t first_key, int64_t keys, const T* packed_k,
-                const T* packed_q, float* scores) {
-  const int64_t columns = padded(block.rows), dim = plan.dim;
-  gemm_tile(keys, columns, dim, dim, kQueries, kQueries, false, packed_k, packed_q, scores);
-  if (plan.softcap > 0) FASTPT_BY_ISA(attention_softcap)(keys, columns, plan.scale, plan.softcap, scores);
-  // In columns of the tile: the first query that sees key r is begin + r, the last one end + r - 1.
-  const Sequence& s = plan.sequences[block.sequence];
-  const int64_t own = first_key - (s.keys - s.queries) - block.first;
-  const int64_t begin = own - plan.after, end = own + plan.before + 1, rows = s.keys - first_key;
-  if (rows < keys || begin + keys > 1 || end < block.rows)
-    FASTPT_BY_ISA(attention_mask)(keys, columns, rows, begin, end, scores);
-}
-
-// What score_tile's result is still to be multiplied by.
-inline float remaining_scale(const AttentionPlan& plan) {
-  return plan.softcap > 0 ? 1.0f : plan.scale;
+    pack_vnni(rows, dim, stride, columns, x, out);
 }
 
 }  // namespace fastpt

@@ -1,8 +1,8 @@
-// attention backward for float and bfloat16, in one pass of 5 GEMMs a tile (a pass for dq and one for dk and dv would
-// take 7 and every exponential twice): a unit of work owns float sums of dk and dv for one key head of one sequence and
-// walks query blocks of all query heads that share it, forming each block's dq on the way. Few heads on many threads:
-// units split a head's query blocks and their sums are added up afterwards, in order. No atomics, so the same each
-// time.
+// attention backward for float and bfloat16, in one pass of 5 products a panel (a pass for dq and one for dk and dv
+// would take 7 and every exponential twice): a unit of work owns float sums of dk and dv for one key head of one
+// sequence and walks query blocks of all query heads that share it, forming each block's dq on the way. Few heads on
+// many threads: units split a head's query blocks and their sums are added up afterwards, in order. No atomics, so the
+// same each time.
 #include <numeric>
 #include <tuple>
 #include <ATen/ops/empty.h>
@@ -11,13 +11,16 @@
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
 
+#define FASTPT_KERNELS "cpu/attention_backward_kernels.h"
+#include "cpu/for_each_isa.h"
+
 namespace fastpt {
 namespace {
 
 // Items [begin, end) of a (sequence, key head); item i is query head i % group of query block i / group.
 struct Unit {
   int64_t sequence, head, begin, end;
-  int64_t cost;  // in rows of key tiles
+  int64_t cost;  // in keys
   int64_t part;  // which of the split sums it fills, from -1: a unit that has the key head to itself
 };
 
@@ -68,27 +71,21 @@ Division divide(const AttentionPlan& plan, int64_t threads) {
 }
 
 template <typename T>
-struct BackwardTiles {
-  T *query_columns, *query_rows, *dout_columns, *dout_rows, *weights, *dscores, *dscores_pairs;
-  float *scores, *dweights, *dq, *dq_rows, *lse, *delta, *dk, *dv;
+struct BackwardState {
+  T *q_pairs, *dout_pairs, *weights, *dscores;
+  float *dq, *lse, *delta, *dk, *dv;
   int64_t bytes;
 
-  BackwardTiles(Arena arena, int64_t dim, int64_t longest)
-      : query_columns(arena.take<T>(dim * kQueries)),
-        query_rows(arena.take<T>(dim * kQueries)),
-        dout_columns(arena.take<T>(dim * kQueries)),
-        dout_rows(arena.take<T>(dim * kQueries)),
-        weights(arena.take<T>(kKeys * kQueries)),
-        dscores(arena.take<T>(kKeys * kQueries)),
-        dscores_pairs(std::is_same_v<T, float> ? dscores : arena.take<T>(kKeys * kQueries)),
-        scores(arena.take<float>(kKeys * kQueries)),
-        dweights(arena.take<float>(kKeys * kQueries)),
-        dq(arena.take<float>(dim * kQueries)),
-        dq_rows(arena.take<float>(dim * kQueries)),
+  BackwardState(Arena arena, int64_t columns, int64_t longest)
+      : q_pairs(arena.take<T>(kQueries * columns)),
+        dout_pairs(arena.take<T>(kQueries * columns)),
+        weights(arena.take<T>(kQueries * kPanel)),
+        dscores(arena.take<T>(kQueries * kPanel)),
+        dq(arena.take<float>(kQueries * columns)),
         lse(arena.take<float>(kQueries)),
         delta(arena.take<float>(kQueries)),
-        dk(arena.take<float>(longest * dim)),
-        dv(arena.take<float>(longest * dim)),
+        dk(arena.take<float>(longest * columns)),
+        dv(arena.take<float>(longest * columns)),
         bytes(arena.used) {}
 };
 
@@ -98,89 +95,84 @@ struct Backward {
   Heads<const T> grad, q, k, v, out;
   const float* lse;
   Heads<T> dq, dk, dv;
-  T *packed_k, *packed_v, *packed_kt;  // each [heads_kv, packed_keys, dim], the last in blocks of [dim, kKeys]
+  T *packed_k, *packed_v, *k_pairs;  // each [heads_kv, packed_keys, columns]: two by panels, one for the sum over keys
+
+  int64_t packed_at(const Sequence& s, int64_t head) const {
+    return (head * plan.packed_keys + s.packed_key0) * plan.columns;
+  }
 
   void pack(const Block& block, int64_t head) const {
     const Sequence& s = plan.sequences[block.sequence];
-    const int64_t token = s.key0 + block.first;
-    const int64_t at = (head * plan.packed_keys + s.packed_key0 + block.first) * plan.dim;
-    copy_rows(block.rows, plan.dim, k.token, k.at(token, head), packed_k + at);
-    copy_rows(block.rows, plan.dim, v.token, v.at(token, head), packed_v + at);
-    copy_columns(block.rows, plan.dim, k.token, k.at(token, head), packed_kt + at);
+    const int64_t token = s.key0 + block.first, at = packed_at(s, head) + block.first * plan.columns;
+    pack_lanes(block.rows, plan.dim, k.token, k.at(token, head), packed_k + at);
+    pack_lanes(block.rows, plan.dim, v.token, v.at(token, head), packed_v + at);
+    pack_pairs(block.rows, plan.dim, plan.columns, k.token, k.at(token, head), k_pairs + at);
   }
 
-  // The block's q and dout in all the layouts that GEMMs want, its lse, and delta = rowsum(dout * out).
-  void load_queries(const Block& block, int64_t token, int64_t head, const BackwardTiles<T>& tiles) const {
-    const int64_t rows = block.rows, dim = plan.dim;
-    const T *query = q.at(token, head), *dout = grad.at(token, head);
-    pack_columns(rows, dim, q.token, query, tiles.query_columns);
-    pack_rows(rows, dim, q.token, query, tiles.query_rows);
-    pack_columns(rows, dim, grad.token, dout, tiles.dout_columns);
-    pack_rows(rows, dim, grad.token, dout, tiles.dout_rows);
+  // What does not depend on the keys: q and dout for sums over queries, lse, and delta = rowsum(dout * out).
+  BackwardPanel<T> load(const Block& block, int64_t token, int64_t head, const BackwardState<T>& state) const {
+    BackwardPanel<T> p{};
+    p.q = q.at(token, head), p.dout = grad.at(token, head);
+    p.q_stride = q.token, p.dout_stride = grad.token;
+    p.dim = plan.dim, p.columns = plan.columns;
+    p.q_pairs = state.q_pairs, p.dout_pairs = state.dout_pairs;
+    p.scale = plan.remaining_scale(), p.softcap = plan.softcap, p.inner = plan.scale / plan.softcap;
+    p.lse = state.lse, p.delta = state.delta;
+    p.weights = state.weights, p.dscores = state.dscores, p.dq = state.dq;
+    pack_pairs(block.rows, plan.dim, plan.columns, q.token, p.q, state.q_pairs);
+    pack_pairs(block.rows, plan.dim, plan.columns, grad.token, p.dout, state.dout_pairs);
     FASTPT_BY_ISA(attention_row_dots<T>)
-    (rows, dim, grad.token, dout, out.token, out.at(token, head), tiles.delta);
-    std::fill(tiles.delta + rows, tiles.delta + kQueries, 0.0f);
-    std::fill_n(tiles.lse, kQueries, std::numeric_limits<float>::infinity());  // columns without a query weigh 0
-    for (int64_t r = 0; r < rows; ++r) tiles.lse[r] = lse[(token + r) * plan.heads_q + head];
+    (block.rows, plan.dim, grad.token, p.dout, out.token, out.at(token, head), state.delta);
+    for (int64_t r = 0; r < block.rows; ++r) state.lse[r] = lse[(token + r) * plan.heads_q + head];
+    std::fill_n(state.dq, block.rows * plan.columns, 0.0f);
+    return p;
   }
 
-  // Adds to dk_sum and dv_sum [padded keys, dim] what one block of queries of one head gives, and stores its dq.
-  void block(const Block& block, int64_t head, float* dk_sum, float* dv_sum, const BackwardTiles<T>& tiles) const {
+  // Adds to dk_sum and dv_sum [keys, columns] what one block of queries of one head gives, and stores its dq.
+  void block(const Block& block, int64_t head, float* dk_sum, float* dv_sum, const BackwardState<T>& state) const {
     const Sequence& s = plan.sequences[block.sequence];
-    const int64_t columns = padded(block.rows), dim = plan.dim, token = s.query0 + block.first;
-    const int64_t at = (head / plan.group * plan.packed_keys + s.packed_key0) * dim;
-    const auto score_gradient = plan.softcap > 0 ? FASTPT_BY_ISA(attention_score_gradient<T, true>)
-                                                 : FASTPT_BY_ISA(attention_score_gradient<T, false>);
-    load_queries(block, token, head, tiles);
+    const int64_t token = s.query0 + block.first, at = packed_at(s, head / plan.group);
+    const auto run = FASTPT_BY_ISA(attention_backward_panel<T>);
+    BackwardPanel<T> p = load(block, token, head, state);
     const int64_t end = plan.end_key(s, block.first + block.rows - 1);
-    bool is_first = true;
-    for (int64_t key = plan.first_key(s, block.first), next; key < end; key = next) {
-      const int64_t tile = key / kKeys * kKeys, width = std::min(kKeys, padded(s.keys) - tile);
-      next = std::min(end, tile + kKeys);
-      const int64_t rows = next - key;
-      score_tile(plan, block, key, rows, packed_k + at + key * dim, tiles.query_columns, tiles.scores);
-      gemm_tile(rows, columns, dim, dim, kQueries, kQueries, false, packed_v + at + key * dim, tiles.dout_columns,
-                tiles.dweights);
-      score_gradient(rows, columns, remaining_scale(plan), plan.softcap, tiles.scores, tiles.dweights, tiles.lse,
-                     tiles.delta, tiles.weights, tiles.dscores, tiles.dscores_pairs);
-      gemm_tile(rows, dim, columns, kQueries, dim, dim, true, tiles.weights, tiles.dout_rows, dv_sum + key * dim);
-      gemm_tile(rows, dim, columns, kQueries, dim, dim, true, tiles.dscores, tiles.query_rows, dk_sum + key * dim);
-      gemm_tile(dim, columns, rows, width, kQueries, kQueries, !is_first, packed_kt + at + tile * dim + (key - tile),
-                tiles.dscores_pairs, tiles.dq);
-      is_first = false;
+    for (int64_t key = plan.first_key(s, block.first); key < end; key += kPanel) {
+      const int64_t offset = key * plan.columns;
+      p.k = packed_k + at + offset, p.v = packed_v + at + offset, p.k_pairs = k_pairs + at + offset;
+      p.dk = dk_sum + offset, p.dv = dv_sum + offset;
+      p.seen = plan.visible(block, key);
+      p.width = padded(p.seen.lanes);
+      run(p, block.rows);
     }
-    if (is_first) std::fill_n(tiles.dq, dim * kQueries, 0.0f);
-    transpose(dim, columns, kQueries, dim, tiles.dq, tiles.dq_rows);
-    FASTPT_BY_ISA(attention_store_rows<T>)
-    (block.rows, dim, tiles.dq_rows, plan.scale, dq.token, dq.at(token, head));
+    FASTPT_BY_ISA(attention_store<T>)
+    (block.rows, plan.dim, plan.columns, state.dq, plan.scale, dq.token, dq.at(token, head));
   }
 
   void store_keys(int64_t sequence, int64_t first, int64_t rows, int64_t head, const float* dk_sum,
                   const float* dv_sum) const {
-    const auto store = FASTPT_BY_ISA(attention_store_rows<T>);
-    const int64_t token = plan.sequences[sequence].key0 + first, offset = first * plan.dim;
-    store(rows, plan.dim, dk_sum + offset, plan.scale, dk.token, dk.at(token, head));
-    store(rows, plan.dim, dv_sum + offset, 1.0f, dv.token, dv.at(token, head));
+    const auto store = FASTPT_BY_ISA(attention_store<T>);
+    const int64_t token = plan.sequences[sequence].key0 + first, offset = first * plan.columns;
+    store(rows, plan.dim, plan.columns, dk_sum + offset, plan.scale, dk.token, dk.at(token, head));
+    store(rows, plan.dim, plan.columns, dv_sum + offset, 1.0f, dv.token, dv.at(token, head));
   }
 
-  // `sums` holds dk and dv of each part, [parts, 2, longest, dim].
-  void unit(const Unit& unit, float* sums, const BackwardTiles<T>& tiles) const {
+  // `sums` holds dk and dv of each part, [parts, 2, longest, columns].
+  void unit(const Unit& unit, float* sums, const BackwardState<T>& state) const {
     const Sequence& s = plan.sequences[unit.sequence];
-    const int64_t stride = plan.longest * plan.dim;
-    float* dk_sum = unit.part < 0 ? tiles.dk : sums + 2 * unit.part * stride;
-    float* dv_sum = unit.part < 0 ? tiles.dv : dk_sum + stride;
-    std::fill_n(dk_sum, padded(s.keys) * plan.dim, 0.0f);
-    std::fill_n(dv_sum, padded(s.keys) * plan.dim, 0.0f);
+    const int64_t stride = plan.longest * plan.columns;
+    float* dk_sum = unit.part < 0 ? state.dk : sums + 2 * unit.part * stride;
+    float* dv_sum = unit.part < 0 ? state.dv : dk_sum + stride;
+    std::fill_n(dk_sum, s.keys * plan.columns, 0.0f);
+    std::fill_n(dv_sum, s.keys * plan.columns, 0.0f);
     for (int64_t item = unit.begin; item < unit.end; ++item) {
       const int64_t first = item / plan.group * kQueries, head = unit.head * plan.group + item % plan.group;
-      block({unit.sequence, first, std::min(kQueries, s.queries - first)}, head, dk_sum, dv_sum, tiles);
+      block({unit.sequence, first, std::min(kQueries, s.queries - first)}, head, dk_sum, dv_sum, state);
     }
     if (unit.part < 0) store_keys(unit.sequence, 0, s.keys, unit.head, dk_sum, dv_sum);
   }
 
   // Adds up the parts of one block of keys, in order.
   void join(const Split& split, const Block& block, float* sums) const {
-    const int64_t stride = plan.longest * plan.dim, at = block.first * plan.dim, n = block.rows * plan.dim;
+    const int64_t stride = plan.longest * plan.columns, at = block.first * plan.columns, n = block.rows * plan.columns;
     float *dk_sum = sums + 2 * split.first_part * stride, *dv_sum = dk_sum + stride;
     for (int64_t part = 1; part < split.parts; ++part) {
       FASTPT_BY_ISA(attention_add)(n, dk_sum + 2 * part * stride + at, dk_sum + at);
@@ -194,11 +186,11 @@ struct Backward {
     const int64_t n_keys = key_blocks.size();
     for_each_task(plan.heads_kv * n_keys,
                   [&](int64_t, int64_t task) { pack(key_blocks[task % n_keys], task / n_keys); });
-    const int64_t bytes = BackwardTiles<T>(Arena{nullptr}, plan.dim, plan.longest).bytes;
+    const int64_t bytes = BackwardState<T>(Arena{nullptr}, plan.columns, plan.longest).bytes;
     auto scratch = at::empty({at::get_num_threads(), bytes}, options.dtype(at::kByte));
     char* base = static_cast<char*>(scratch.mutable_data_ptr());
     for_each_task(division.units.size(), [&](int64_t worker, int64_t task) {
-      unit(division.units[task], sums, BackwardTiles<T>(Arena{base + worker * bytes}, plan.dim, plan.longest));
+      unit(division.units[task], sums, BackwardState<T>(Arena{base + worker * bytes}, plan.columns, plan.longest));
     });
     std::vector<std::pair<Split, Block>> joins;
     for (const Split& split : division.splits)
@@ -226,8 +218,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
   auto dq = at::empty(qi.sizes(), q.options()), dk = at::empty(ki.sizes(), k.options());
   auto dv = at::empty(ki.sizes(), v.options());
   const Division division = divide(plan, at::get_num_threads());
-  auto sums = at::empty({division.parts, 2, plan.longest, plan.dim}, q.options().dtype(at::kFloat));
-  auto packed = at::empty({3, plan.heads_kv, plan.packed_keys, plan.dim}, q.options());
+  auto sums = at::empty({division.parts, 2, plan.longest, plan.columns}, q.options().dtype(at::kFloat));
+  auto packed = at::empty({3, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
   by_dtype(q, [&]<typename T>() {
     T* p = packed.mutable_data_ptr<T>();
     const Backward<T> backward{plan,
