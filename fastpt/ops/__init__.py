@@ -1,6 +1,6 @@
 """The public ops. Each lives in the file of its stem; importing them here binds the function over its submodule."""
 
-from fastpt.ops.adamw import adamw
+from fastpt.ops.adamw import adamw, grad_norm
 from fastpt.ops.attention import attention
 from fastpt.ops.geglu import geglu
 from fastpt.ops.layer_norm import layer_norm
@@ -18,6 +18,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "geglu",
+    "grad_norm",
     "layer_norm",
     "linear_cross_entropy",
     "linear_group",
