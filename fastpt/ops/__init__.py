@@ -2,6 +2,7 @@
 
 from fastpt.ops.adamw import adamw, grad_norm
 from fastpt.ops.attention import attention
+from fastpt.ops.embedding import embedding
 from fastpt.ops.geglu import geglu
 from fastpt.ops.layer_norm import layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
@@ -17,6 +18,7 @@ __all__ = [
     "adamw",
     "add_rms_norm",
     "attention",
+    "embedding",
     "geglu",
     "grad_norm",
     "layer_norm",
