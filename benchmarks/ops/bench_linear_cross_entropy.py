@@ -1,4 +1,7 @@
-"""linear_cross_entropy at the head of SmolLM2-135M: frozen as under LoRA, trained, and with prompts that are not targets."""
+"""linear_cross_entropy at the head of SmolLM2-135M: frozen as under LoRA, trained, and with prompts that are not targets.
+
+A trained head's gradient comes in the dtype that each provider makes it in: fastpt's is float32.
+"""
 
 from __future__ import annotations
 
@@ -61,5 +64,10 @@ def cases(device: str, dtype: torch.dtype, toy: bool) -> Iterator[Case]:
         head = (targets, kept, -100, None, None, None, None, None, 1.0, 0.0, 0.0, True)
         wants = [True, is_trained, False, False, False]
         cost = OPS["linear_cross_entropy"].cost(hidden.detach(), weight.detach(), *head, wants)
-        providers = {peer: forward_backward(f, hidden, weight, targets) for peer, f in peers.items()}
+        wide = weight.detach().requires_grad_(is_trained)
+        wide.grad_dtype = torch.float32  # takes the gradient as it is made
+        providers = {
+            peer: forward_backward(f, hidden, wide if peer == "fastpt" else weight, targets)
+            for peer, f in peers.items()
+        }
         yield Case("linear_cross_entropy", f"{shape} {what}", name, "forward+backward", providers, cost)
