@@ -45,6 +45,7 @@ class Timing:
     median_ms: float
     p20_ms: float
     p80_ms: float
+    peak_extra_bytes: int
 
 
 def synchronize() -> None:
@@ -61,28 +62,49 @@ def time_once(run: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def compare(case: Case, *, budget_s: float = 2.0, warm_up: int = 2) -> list[Timing]:
-    """Time the providers in turns until `budget_s` per provider is used, at least five rounds."""
-    for run in case.providers.values():
-        for _ in range(warm_up):
-            run()
-    longest = max(time_once(run) for run in case.providers.values())
-    rounds = max(5, min(200, int(1e3 * budget_s / max(longest, 1e-3))))
+def compare(case: Case, *, budget_s: float = 2.0) -> list[Timing]:
+    """Time the providers in turns, each for `budget_s`: at least five rounds, or two of one that takes longer than that.
+
+    The rounds of a slower provider are spread evenly over those of the fastest.
+    """
+    counts = {}
+    for name, run in case.providers.items():
+        slowest = time_once(run)  # a first call also compiles and allocates
+        seconds = 1e-3 * (slowest if slowest > 1e3 * budget_s else time_once(run))
+        counts[name] = max(5 if seconds <= budget_s else 2, min(200, int(budget_s / max(seconds, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in case.providers}
+    rounds = max(counts.values())
     gc.disable()
     try:
-        for _ in range(rounds):
+        for i in range(rounds):
             for name, run in case.providers.items():
-                samples[name].append(time_once(run))
+                if (i + 1) * counts[name] // rounds > i * counts[name] // rounds:
+                    samples[name].append(time_once(run))
     finally:
         gc.enable()
-    return [_summary(name, values) for name, values in samples.items()]
+    return [_summary(name, values, peak_extra_bytes(case.providers[name])) for name, values in samples.items()]
 
 
-def _summary(name: str, values: list[float]) -> Timing:
+def peak_extra_bytes(run: Callable[[], Any]) -> int:
+    """The most memory that one call holds beyond what was there before and the tensors that it returns."""
+    memory = PeakMemory()
+    result = run()
+    returned = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(result)}
+    return max(0, memory.peak_bytes - memory.start_bytes - sum(returned.values()))
+
+
+def _tensors(result: Any) -> Iterator[torch.Tensor]:
+    if isinstance(result, torch.Tensor):
+        yield result
+    elif isinstance(result, (tuple, list)):
+        for value in result:
+            yield from _tensors(value)
+
+
+def _summary(name: str, values: list[float], peak_extra: int) -> Timing:
     ordered = sorted(values)
     at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
-    return Timing(name, statistics.median(ordered), at(0.2), at(0.8))
+    return Timing(name, statistics.median(ordered), at(0.2), at(0.8), peak_extra)
 
 
 def forward_backward(function: Callable, *inputs: Any) -> Callable[[], Any]:

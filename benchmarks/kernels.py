@@ -45,13 +45,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def show(records: list[dict[str, Any]]) -> None:
-    table = Table(title="median of interleaved rounds; × is how many times faster fastpt is")
-    for column in ("op", "shape", "dtype", "direction", "provider", "ms", "GB/s", "GFLOP/s", "×"):
-        table.add_column(column, justify="right" if column in ("ms", "GB/s", "GFLOP/s", "×") else "left")
+    table = Table(
+        title="median of interleaved rounds; MiB: held beyond inputs and outputs; × is how many times faster fastpt is"
+    )
+    for column in ("op", "shape", "dtype", "direction", "provider", "ms", "GB/s", "GFLOP/s", "MiB", "×"):
+        table.add_column(
+            column, justify="left" if column in ("op", "shape", "dtype", "direction", "provider") else "right"
+        )
     for r in records:
         table.add_row(
             r["op"], r["shape"], r["dtype"], r["direction"], r["provider"], f"{r['median_ms']:.3f}",
-            f"{r['gb_per_s']:.1f}", f"{r['gflop_per_s']:.1f}", f"{r['speedup_of_fastpt']:.2f}",
+            f"{r['gb_per_s']:.1f}", f"{r['gflop_per_s']:.1f}", f"{r['peak_extra_bytes'] / 2**20:.0f}",
+            f"{r['speedup_of_fastpt']:.2f}",
         )  # fmt: skip
     Console(width=160).print(table)
 

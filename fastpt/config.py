@@ -104,6 +104,10 @@ class OptimConfig(Node):
     warmup: float = Field(0.03, ge=0, description="below 1: share of all steps; from 1 on: number of steps")
     min_lr: float = Field(0.0, ge=0, le=1, description="what the schedule ends at, as a share of lr")
     clip_norm: float | None = Field(1.0, gt=0, description="largest global gradient norm")
+    rounding: Literal["master", "stochastic"] = Field(
+        "master",
+        description="bfloat16 weights: the rounded copy of a float32 master, or stochastic (4 bytes each less)",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastpt import checkpoint, models
+from fastpt import checkpoint, models, ops
 from fastpt.adapters import apply_method, count_parameters
 from fastpt.config import Config, build, to_json
 from fastpt.console import Console
@@ -202,7 +202,7 @@ class Trainer:
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         count = max(count, 1e-12)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]) / count
+        norm = ops.grad_norm([p.grad for p in self.parameters if p.grad is not None]) / count
         # the one host sync of the step
         loss, grad_norm, *totals = torch.stack(
             [loss_sum / count, norm, *(value / count for value in sums.values())]

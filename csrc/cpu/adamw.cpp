@@ -1,13 +1,16 @@
-// adamw on the CPU: the blocks of all tensors are one parallel loop; the definition is fastpt/ops/adamw.py.
+// adamw and grad_norm on the CPU: the blocks of all tensors are one parallel loop; the definition is
+// fastpt/ops/adamw.py.
 #include <cmath>
 #include <functional>
 #include <optional>
 #include <vector>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include "common/adamw.h"
+#include "common/stochastic_rounding.h"
 #include "cpu/dispatch.h"
 #define FASTPT_KERNELS "cpu/adamw_kernels.h"
 #include "cpu/for_each_isa.h"
@@ -55,8 +58,19 @@ bool all_native(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
 using Update = std::function<void(int64_t first, int64_t end)>;
 
 Update update_of(const AdamW& c, const Tensor& param, const Tensor& grad, const Tensor& exp_avg,
-                 const Tensor& exp_avg_sq, const Tensor* master) {
+                 const Tensor& exp_avg_sq, const Tensor* master, const RandomStream* stream) {
   Update update;
+  if (stream != nullptr && param.scalar_type() == at::kBFloat16) {
+    by_dtype(grad, [&]<typename G>() {
+      update = [c, kernel = FASTPT_BY_ISA(adamw_stochastic_block<G>), stream = *stream, grad,
+                p = param.mutable_data_ptr<c10::BFloat16>(), g = grad.const_data_ptr<G>(),
+                m = exp_avg.mutable_data_ptr<float>(),
+                v = exp_avg_sq.mutable_data_ptr<float>()](int64_t first, int64_t end) {
+        kernel(end - first, c, stream, static_cast<uint64_t>(first), p + first, g + first, m + first, v + first);
+      };
+    });
+    return update;
+  }
   by_dtype(param, [&]<typename P>() {
     by_dtype(grad, [&]<typename G>() {
       const auto kernel =
@@ -71,24 +85,33 @@ Update update_of(const AdamW& c, const Tensor& param, const Tensor& grad, const 
   return update;
 }
 
+struct Block {
+  size_t tensor;
+  int64_t first;
+};
+
+std::vector<Block> blocks_of(TensorList tensors) {
+  std::vector<Block> blocks;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    for (int64_t first = 0; first < tensors[i].numel(); first += kBlock) blocks.push_back({i, first});
+  return blocks;
+}
+
 void adamw_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
                 TensorList masters, const std::optional<Tensor>& grad_scale, double lr, double beta1, double beta2,
-                double eps, double weight_decay) {
+                double eps, double weight_decay, std::optional<int64_t> seed) {
   static const auto reference =
       reference_of<void(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList,
-                        const std::optional<Tensor>&, double, double, double, double, double)>("fastpt::adamw_step");
+                        const std::optional<Tensor>&, double, double, double, double, double, std::optional<int64_t>)>(
+          "fastpt::adamw_step");
   check(params, grads, exp_avgs, exp_avg_sqs, steps, masters);
   if (!all_native(params, grads, exp_avgs, exp_avg_sqs, masters)) {
-    reference(params, grads, exp_avgs, exp_avg_sqs, steps, masters, grad_scale, lr, beta1, beta2, eps, weight_decay);
+    reference(params, grads, exp_avgs, exp_avg_sqs, steps, masters, grad_scale, lr, beta1, beta2, eps, weight_decay,
+              seed);
     return;
   }
   const float scale = grad_scale ? grad_scale->item().toFloat() : 1.0f;
-  struct Block {
-    size_t tensor;
-    int64_t first;
-  };
   std::vector<Update> updates;
-  std::vector<Block> blocks;
   for (size_t i = 0; i < params.size(); ++i) {
     const double t = *steps[i].mutable_data_ptr<float>() += 1;
     const AdamW c{scale,
@@ -99,10 +122,11 @@ void adamw_step(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
                   static_cast<float>(lr / (1 - std::pow(beta1, t))),
                   static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t))),
                   static_cast<float>(eps)};
+    const RandomStream stream = random_stream(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint64_t>(t), i);
     updates.push_back(update_of(c, params[i], grads[i].contiguous(), exp_avgs[i], exp_avg_sqs[i],
-                                masters.empty() ? nullptr : &masters[i]));
-    for (int64_t first = 0; first < params[i].numel(); first += kBlock) blocks.push_back({i, first});
+                                masters.empty() ? nullptr : &masters[i], seed ? &stream : nullptr));
   }
+  const auto blocks = blocks_of(params);
   at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t lo, int64_t hi) {
     for (int64_t b = lo; b < hi; ++b) {
       const auto [tensor, first] = blocks[b];
@@ -111,9 +135,34 @@ void adamw_step(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
   });
 }
 
+// Every block has its own partial sum and they are added in order: the same bits for any number of threads.
+Tensor grad_norm(TensorList grads) {
+  static const auto reference = reference_of<Tensor(TensorList)>("fastpt::grad_norm");
+  std::vector<Tensor> dense;
+  for (const Tensor& grad : grads) {
+    if (!is_native(grad)) return reference(grads);
+    dense.push_back(grad.contiguous());
+  }
+  const auto blocks = blocks_of(dense);
+  std::vector<double> parts(blocks.size());
+  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t b = lo; b < hi; ++b) {
+      const auto [tensor, first] = blocks[b];
+      const int64_t n = std::min(kBlock, dense[tensor].numel() - first);
+      by_dtype(dense[tensor], [&]<typename G>() {
+        parts[b] = FASTPT_BY_ISA(sum_of_squares<G>)(n, dense[tensor].const_data_ptr<G>() + first);
+      });
+    }
+  });
+  double sum = 0;
+  for (const double part : parts) sum += part;
+  return at::full({}, std::sqrt(sum), at::TensorOptions().dtype(at::kFloat));
+}
+
 }  // namespace
 }  // namespace fastpt
 
 TORCH_LIBRARY_IMPL(fastpt, CPU, m) {
   m.impl("adamw_step", &fastpt::adamw_step);
+  m.impl("grad_norm", &fastpt::grad_norm);
 }

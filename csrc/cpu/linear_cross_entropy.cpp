@@ -31,6 +31,23 @@ at::Tensor or_empty(const at::Tensor& tensor, const at::Tensor& like) {
   return tensor.defined() ? tensor : at::empty({0}, like.options().dtype(at::kFloat));
 }
 
+// The memory behind a TokenGradients; rows that are not set have a gradient of 0.
+class GradientVectors {
+ public:
+  explicit GradientVectors(int64_t rows) : rows_(rows), values_(6 * rows, 0.0f) {}
+  void set(int64_t i, std::array<float, 6> fields) {
+    for (int64_t f = 0; f < 6; ++f) values_[f * rows_ + i] = fields[f];
+  }
+  TokenGradients view() const {
+    const float* v = values_.data();
+    return {v, v + rows_, v + 2 * rows_, v + 3 * rows_, v + 4 * rows_, v + 5 * rows_};
+  }
+
+ private:
+  int64_t rows_;
+  std::vector<float> values_;
+};
+
 using Stats = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Grads = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using LossAndGrads = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -45,15 +62,18 @@ Stats token_stats(HEAD_ARGUMENTS) {
        is_top1 = at::zeros({T}, wide.dtype(at::kBool));
   by_dtype(hidden, [&]<typename T>() {
     Head<T> head("token_stats", hidden, weight, targets, kept, ignore_index, bias, softcap, logit_scale);
-    head.each_chunk(false, {}, [&](int64_t rows) {
-      const auto stats = head.statistics();
+    head.each_chunk(false, [&](int64_t rows) {
+      const auto stats = head.statistics(true, false);
+      const auto set = [&](const at::Tensor& vector, int64_t t, double value) {
+        vector.mutable_data_ptr<float>()[t] = static_cast<float>(value);
+      };
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t t = head.row(i);
-        logprob.mutable_data_ptr<float>()[t] = stats[i].logprob;
-        entropy.mutable_data_ptr<float>()[t] = stats[i].entropy;
-        max_logit.mutable_data_ptr<float>()[t] = stats[i].max;
-        log_sum.mutable_data_ptr<float>()[t] = stats[i].log_sum;
-        mean_logit.mutable_data_ptr<float>()[t] = stats[i].mean_logit;
+        set(logprob, t, stats[i].logprob);
+        set(entropy, t, stats[i].entropy);
+        set(max_logit, t, stats[i].max);
+        set(log_sum, t, stats[i].log_sum);
+        set(mean_logit, t, stats[i].mean_logit);
         is_top1.mutable_data_ptr<bool>()[t] = stats[i].is_top1;
       }
     });
@@ -74,22 +94,17 @@ Grads token_stats_backward(STATS_ARGUMENTS, HEAD_ARGUMENTS, std::array<bool, 5> 
   const auto dlp = dlogprob.contiguous(), dh = dentropy.contiguous(), dl = dlse.contiguous(), dm = dmean.contiguous();
   const auto at = [](const at::Tensor& tensor, int64_t t) { return tensor.const_data_ptr<float>()[t]; };
   by_dtype(hidden, [&]<typename T>() {
-    Head<T> head("token_stats", hidden, weight, targets, kept, ignore_index, bias, softcap, logit_scale);
-    out = head.gradients(wants);
-    head.each_chunk(false, out, [&](int64_t rows) {
-      std::vector<RowGradient> gradient(rows);
+    Head<T> head("token_stats", hidden, weight, targets, kept, ignore_index, bias, softcap, logit_scale, wants);
+    head.each_chunk(false, [&](int64_t rows) {
+      GradientVectors g(head.padded());
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t t = head.row(i);
-        gradient[i] = {at(max_logit, t),
-                       at(log_sum, t),
-                       at(dl, t) - at(dlp, t) - at(dh, t) * at(entropy, t),
-                       -at(dh, t),
-                       at(dm, t) / static_cast<float>(head.classes()),
-                       at(dlp, t),
-                       head.target(i)};
+        g.set(i, {at(max_logit, t), at(log_sum, t), at(dl, t) - at(dlp, t) - at(dh, t) * at(entropy, t), -at(dh, t),
+                  at(dm, t) / static_cast<float>(head.classes()), at(dlp, t)});
       }
-      head.add_gradients(gradient, out);
+      head.add_gradients(g.view());
     });
+    out = head.out;
   });
   const auto none = or_empty({}, hidden);
   return {or_empty(out.hidden, hidden), or_empty(out.weight, hidden), or_empty(out.bias, hidden), none, none.clone()};
@@ -104,28 +119,33 @@ LossAndGrads linear_cross_entropy(HEAD_ARGUMENTS, double label_smoothing, double
   Gradients out;
   double loss = 0;
   by_dtype(hidden, [&]<typename T>() {
-    Head<T> head("linear_cross_entropy", hidden, weight, targets, kept, ignore_index, bias, softcap, logit_scale);
-    out = head.gradients(wants);
-    const bool needs_gradients = wants[0] || wants[1] || wants[2];
+    Head<T> head("linear_cross_entropy", hidden, weight, targets, kept, ignore_index, bias, softcap, logit_scale,
+                 wants);
+    const bool wants_gradients = wants[0] || wants[1] || wants[2];
     const double share = is_mean ? 1.0 / static_cast<double>(std::max<int64_t>(1, head.size())) : 1.0;
-    head.each_chunk(needs_gradients, out, [&](int64_t rows) {
-      const auto stats = head.statistics();
-      std::vector<RowGradient> gradient(rows);
+    const double of_all = -share * label_smoothing / static_cast<double>(head.classes());
+    // Under a softcap, what smoothing gives a logit depends on the logit: the gradient then takes a pass of its own.
+    const bool in_one_pass = !softcap || label_smoothing == 0;
+    head.each_chunk(in_one_pass, [&](int64_t rows) {
+      const auto stats = head.statistics(label_smoothing > 0, wants_gradients && in_one_pass);
+      std::vector<LossGradient> gradient(rows);
       for (int64_t i = 0; i < rows; ++i) {
-        const double lse = static_cast<double>(stats[i].max) + stats[i].log_sum;
+        const double lse = stats[i].max + stats[i].log_sum;
         loss -= share * (1 - label_smoothing) * stats[i].logprob;
         if (label_smoothing > 0) loss += share * label_smoothing * (lse - stats[i].mean_logit);
         if (z_loss != 0) loss += share * z_loss * lse * lse;
-        gradient[i] = {stats[i].max,
-                       stats[i].log_sum,
-                       static_cast<float>(share * (1 + 2 * z_loss * lse)),
-                       0.0f,
-                       static_cast<float>(-share * label_smoothing / static_cast<double>(head.classes())),
-                       static_cast<float>(-share * (1 - label_smoothing)),
-                       head.target(i)};
+        gradient[i] = {share * (1 + 2 * z_loss * lse), -share * (1 - label_smoothing)};
       }
-      if (needs_gradients) head.add_gradients(gradient, out);
+      if (wants_gradients && in_one_pass) head.add_gradients(stats, gradient, of_all);
+      if (!wants_gradients || in_one_pass) return;
+      GradientVectors g(head.padded());
+      for (int64_t i = 0; i < rows; ++i)
+        g.set(i, {static_cast<float>(stats[i].max), static_cast<float>(stats[i].log_sum),
+                  static_cast<float>(gradient[i].of_p), 0.0f, static_cast<float>(of_all),
+                  static_cast<float>(gradient[i].of_target)});
+      head.add_gradients(g.view());
     });
+    out = head.out;
   });
   const auto none = or_empty({}, hidden);
   auto total = at::full({}, loss, hidden.options().dtype(at::kFloat));

@@ -54,6 +54,8 @@ def rows_of(handle: Handle) -> list[Row]:
         elif path in handle.recipes and patch is not None:
             op = "layer_norm" if recipe is None else "rms_norm"
             rows.append(Row(path, "", "", patch.fallback) if patch.fallback else _served(path, op, device))
+        elif path in handle.embeddings and patch is not None:
+            rows.append(_served(path, "embedding", device))
         elif path in handle.reasons:
             rows.append(Row(path, "", "", handle.reasons[path]))
         elif not module._modules and (module._parameters or path.endswith(("act_fn", "activation_fn"))):

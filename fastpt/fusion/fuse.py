@@ -19,7 +19,7 @@ from fastpt.fusion.explain import Row, rows_of, show
 from fastpt.fusion.patch import Patch, patch_of
 from fastpt.fusion.projection import NotFusable
 from fastpt.fusion.recognise import block_recipe, looks_like_block, norm_recipe, verified
-from fastpt.ops import layer_norm, rms_norm
+from fastpt.ops import embedding, layer_norm, rms_norm
 
 # transformers 5.23 checkpoints in the layer class's forward, which a fused block replaces; before, it was in its __call__.
 CHECKPOINTS_FORWARD = "__call__" not in vars(GradientCheckpointingLayer)
@@ -33,6 +33,7 @@ class Handle:
         self.patches: list[Patch] = []
         self.recipes: dict[str, Recipe | NormRecipe | None] = {}  # module path -> recipe; None: nn.LayerNorm
         self.backbones: dict[str, tuple[Any, Any]] = {}  # module path -> config, attention before
+        self.embeddings: set[str] = set()  # module paths
         self.heads: list[str] = []  # module paths of causal language models
         self.reasons: dict[str, str] = {}  # module path -> why it was left alone
 
@@ -78,6 +79,7 @@ def fuse(model: nn.Module) -> Handle:
             _use_attention(handle, path, module)
         inside = _fuse_blocks(handle, model)
         _fuse_norms(handle, model, inside)
+        _fuse_embeddings(handle, model, inside)
         for path, module in named:
             _fuse_head(handle, path, module)
     except BaseException:
@@ -209,6 +211,27 @@ def _layer_norm_forward(patch: Patch) -> Any:
             return patch.below(self, input)
         patch.fallback = None
         return layer_norm(input, self.weight, self.bias, self.eps)
+
+    return forward
+
+
+def _fuse_embeddings(handle: Handle, model: nn.Module, inside: set[nn.Module]) -> None:
+    """Patch the embeddings, whose gradient then touches only the rows that were used."""
+    for path, module in model.named_modules():
+        if type(module) is not nn.Embedding or module in inside or "forward" in module.__dict__:
+            continue
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            handle.reasons[path] = "max_norm, scale_grad_by_freq or sparse"
+            continue
+        handle.embeddings.add(path)
+        handle.patches.append(Patch(module, _embedding_forward))
+
+
+def _embedding_forward(patch: Patch) -> Any:
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if not patch.is_active:
+            return patch.below(self, input)
+        return embedding(input, self.weight, padding_idx=self.padding_idx)
 
     return forward
 

@@ -1,7 +1,8 @@
 """The public ops. Each lives in the file of its stem; importing them here binds the function over its submodule."""
 
-from fastpt.ops.adamw import adamw
+from fastpt.ops.adamw import adamw, grad_norm
 from fastpt.ops.attention import attention
+from fastpt.ops.embedding import embedding
 from fastpt.ops.geglu import geglu
 from fastpt.ops.layer_norm import layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
@@ -17,7 +18,9 @@ __all__ = [
     "adamw",
     "add_rms_norm",
     "attention",
+    "embedding",
     "geglu",
+    "grad_norm",
     "layer_norm",
     "linear_cross_entropy",
     "linear_group",

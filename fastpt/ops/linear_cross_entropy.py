@@ -87,8 +87,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        grads = [grad * saved if wanted else None for saved, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)]
-        return (*grads, *[None] * (len(ctx.needs_input_grad) - 5))
+        saved = [x if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)]
+        return (*_scaled(saved, grad), *[None] * (len(ctx.needs_input_grad) - 5))
+
+
+def _scaled(grads: list[Tensor | None], scale: Tensor) -> list[Tensor | None]:
+    """scale * grads: in place when this is the graph's last backward, as a trained head's gradient is as large as the head."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return [None if x is None else scale * x for x in grads]
+    if scale.device.type != "cpu" or scale != 1:  # on a GPU the value would cost a sync
+        grads = [None if x is None else x.mul_(scale) for x in grads]
+    return grads
 
 
 def linear_cross_entropy(

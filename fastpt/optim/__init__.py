@@ -25,4 +25,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         return made
     from fastpt.optim.adamw import AdamW
 
-    return AdamW(groups, lr=peak_lr(config), betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    return AdamW(
+        groups, lr=peak_lr(config), betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
+        rounding_seed=config.seed if optim.rounding == "stochastic" else None,
+    )  # fmt: skip

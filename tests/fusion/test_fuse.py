@@ -249,12 +249,36 @@ def test_explain_lists_every_part(capsys):
         ("model.layers.1.self_attn.k_proj", "lora_linear"), ("model.layers.1.self_attn.q_norm", "rms_norm"),
         ("model.layers.1.self_attn", "rope"), ("model.layers.1.self_attn", "attention"),
         ("model.layers.1.post_attention_layernorm", "add_rms_norm"), ("model.layers.1.mlp", "swiglu"),
-        ("model.norm", "rms_norm"), ("lm_head", "linear_cross_entropy"), ("lm_head", "token_stats"),
+        ("model.norm", "rms_norm"), ("model.embed_tokens", "embedding"),
+        ("lm_head", "linear_cross_entropy"), ("lm_head", "token_stats"),
     ]:  # fmt: skip
         assert found[part].kernel in ("C++", "reference", "torch")
         assert not found[part].reason
-    assert found[("model.embed_tokens", "")].reason
     assert "model.layers.0-1.self_attn.q_proj" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_trained_embeddings_get_the_gradient_of_the_rows_used(is_tied):
+    model, ids = tiny_model("llama"), tokens(2, 9)
+    if is_tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    gradients = []
+    for is_fused in (False, True):
+        if is_fused:
+            fastpt.fuse(model)
+        for _ in range(2):  # adds up
+            model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(model.model.embed_tokens.weight.grad)
+        model.zero_grad()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    assert gradients[1].any()
+
+
+def test_embeddings_that_do_more_are_left_alone():
+    model = tiny_model("llama")
+    model.model.embed_tokens.scale_grad_by_freq = True
+    (row,) = [row for row in fastpt.explain(model) if row.module == "model.embed_tokens"]
+    assert "scale_grad_by_freq" in row.reason
 
 
 def test_only_transformers_models_can_be_fused():

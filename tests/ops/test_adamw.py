@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastpt.ops import adamw
-from fastpt.ops.adamw import _step
+from fastpt.ops import adamw, grad_norm
+from fastpt.ops.adamw import _norm, _step, random_bits, reference, round_stochastically
 from tests.helpers import assert_not_worse, needs_native
 
 SETTINGS = {"lr": 0.05, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.1}
@@ -126,7 +126,7 @@ def test_opcheck_and_compile(dtype):
     params = values([(3,), (2, 5)], dtype)
     kept = states(params, torch.promote_types(dtype, torch.float32))
     masters = [p.float() for p in params] if dtype == torch.bfloat16 else []
-    arguments = (masters, torch.tensor(0.5), *SETTINGS.values())
+    arguments = (masters, torch.tensor(0.5), *SETTINGS.values(), None)
     torch.library.opcheck(_step, (params, values([(3,), (2, 5)], dtype, 1), *kept, *arguments))
 
     expected = [p.clone() for p in params]
@@ -136,6 +136,107 @@ def test_opcheck_and_compile(dtype):
     compiled(params, [p.clone() for p in params], *states(params, kept[0][0].dtype))
     for a, b in zip(params, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_masters_reach_parameters_that_are_not_aligned():
+    """Aligned runs of a parameter are stored past the cache, the rest is not."""
+    for offset in (0, 1, 32):
+        memory = torch.zeros(3 * 8192 + offset, dtype=torch.bfloat16)
+        param, master = memory[offset:], torch.randn(3 * 8192)
+        run([param], masters=[master])
+        assert torch.equal(param, master.bfloat16())
+        assert not memory[:offset].any()
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+def test_stochastic_rounding_is_the_reference_bit_for_bit(grad_dtype):
+    params = values(dtype=torch.bfloat16)
+    twins, grads = [p.clone() for p in params], [g.to(grad_dtype) for g in values(seed=1)]
+    adamw(params, grads, *states(params, torch.float32), seed=-7, **SETTINGS)
+    reference(twins, grads, *states(twins, torch.float32), [], None, *SETTINGS.values(), -7)
+    same = [torch.equal(a, b) for a, b in zip(params, twins, strict=True)]
+    different = sum((a != b).sum().item() for a, b in zip(params, twins, strict=True))
+    assert all(same[:4])
+    assert different <= 3, "float32 results one ulp apart round apart once in 65536 values"
+
+
+def test_stochastic_rounding_depends_on_seed_step_and_place_alone():
+    found = []
+    for seed, threads in ((1, 1), (1, 3), (2, 1)):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        params = values(dtype=torch.bfloat16)
+        kept = states(params, torch.float32)
+        for step in range(2):
+            adamw(params, values(seed=step + 1), *kept, seed=seed, **SETTINGS)
+        torch.set_num_threads(before)
+        found.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    assert not torch.equal(found[0][-1], found[2][-1])
+    bits = [random_bits((4096,), *key, device="cpu") for key in ((1, 1, 0), (2, 1, 0), (1, 2, 0), (1, 1, 1))]
+    for other in bits[1:]:
+        agree = (bits[0] ^ other).view(-1, 1) >> torch.arange(32) & 1
+        assert abs(agree.double().mean() - 0.5) < 5 / (2 * (4096 * 32) ** 0.5)  # five standard deviations
+
+
+def test_stochastic_rounding_is_unbiased():
+    """The mean of n roundings of a value errs by about half an ulp / sqrt(n); neighbours and steps are independent."""
+    n = 1 << 18
+    for value in (1.001, -3.1403, 1e-20, 2.0):
+        exact = torch.full((n,), value)
+        rounded = round_stochastically(exact, random_bits((n,), 3, 1, 0, device="cpu"))
+        low, high = rounded.min(), rounded.max()
+        assert torch.equal(rounded, rounded.bfloat16().float())
+        ulp = (high - low).double()
+        error = rounded.double().mean() - exact[0].double()
+        assert error.abs() <= 5 * ulp / (2 * n**0.5)
+        up = (rounded == high).double()
+        if low != high:
+            p = up.mean()
+            for lag in (1, 2, 16):
+                assert abs((up[lag:] * up[:-lag]).mean() - p * p) < 5 / (2 * n**0.5)
+    inf = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    assert torch.equal(round_stochastically(inf, torch.full((3,), 65535)).isnan(), inf.isnan())
+    assert torch.equal(round_stochastically(inf, torch.full((3,), 65535))[:2], inf[:2])
+
+
+def test_stochastic_rounding_adds_up_what_is_below_resolution():
+    """100 steps of 1e-4 from 1, where bfloat16 steps by 2^-8 or more: rounding to nearest would stay at 1."""
+    param = torch.ones(4096, dtype=torch.bfloat16)
+    kept = states([param], torch.float32)
+    for _ in range(100):
+        adamw([param], [torch.ones(4096)], *kept, seed=0, lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    assert abs(param.float().mean() - 0.99) < 5 * 0.5 * 2**-8 * 10 / 4096**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_grad_norm_is_the_norm(dtype):
+    grads = values(dtype=dtype)
+    exact = torch.cat([g.double().flatten() for g in grads]).norm()
+    norm = grad_norm(grads)
+    assert norm.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert abs(norm.double() - exact) <= exact * (1e-14 if dtype == torch.float64 else torch.finfo(norm.dtype).eps)
+    assert grad_norm([]) == 0
+    assert torch.equal(grad_norm([g.t().contiguous().t() if g.dim() == 2 else g for g in grads]), norm)
+    assert grad_norm([*grads, torch.tensor([torch.inf])]).isinf()
+    assert grad_norm([*grads, torch.tensor([torch.nan])]).isnan()
+    assert abs(grad_norm([torch.full((3,), 1e30)]) - 1e30 * 3**0.5) < 1e24  # squares beyond float32
+    torch.library.opcheck(_norm, (grads,))
+
+
+def test_grad_norm_does_not_depend_on_the_thread_count():
+    threads, found = torch.get_num_threads(), []
+    for n in (1, 2, 5):
+        torch.set_num_threads(n)
+        found.append(grad_norm(values([(300, 1000), (7,), (40, 900)])))
+    torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+
+
+def test_masters_and_a_seed_exclude_each_other():
+    params = values(dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="masters and seed 5"):
+        adamw(params, params, *states(params), masters=values(), seed=5, **SETTINGS)
 
 
 @needs_native

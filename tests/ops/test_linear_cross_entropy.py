@@ -150,6 +150,40 @@ def test_layouts_and_subsets(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("steps", [(20.0, 0.0), (0.0, 30.0)], ids=["falling", "rising"])
+def test_maxima_that_move_along_the_vocabulary(steps, threads, dtype):
+    """What was summed, and kept for the weight's gradient, under an earlier maximum is brought to the last one."""
+    hidden, weight, bias, targets = make(70, 24, 2000)
+    bias = (bias.detach() + torch.linspace(*steps, 2000)).requires_grad_()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_against_eager(
+            lambda h, w, b: linear_cross_entropy(h, w, targets, bias=b),
+            lambda h, w, b: eager(h, w, b, targets),
+            [hidden, weight, bias],
+            dtype=dtype,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_last_backward_scales_in_place_and_ends_the_graph(dtype):
+    hidden, weight, _, targets = make(37, 40, 300)
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+    once = torch.autograd.grad(linear_cross_entropy(*leaves, targets), leaves)
+    loss = linear_cross_entropy(*leaves, targets)
+    (4 * loss).backward(retain_graph=True)
+    (4 * loss).backward()
+    for leaf, grad in zip(leaves, once, strict=True):
+        assert torch.equal(leaf.grad, 8 * grad)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_batch(dtype):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

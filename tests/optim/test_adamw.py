@@ -67,3 +67,22 @@ def test_state_round_trip_is_exact():
     other.step()
     for p, q in zip(parameters, twins, strict=True):
         assert torch.equal(p, q)
+
+
+def test_stochastic_rounding_needs_no_master_and_resumes():
+    start = torch.randn(40, 3)
+    twins = []
+    for _ in range(2):
+        p = torch.nn.Parameter(start.bfloat16())
+        optimizer = AdamW([p], lr=1e-3, rounding_seed=5)
+        for step in range(4):
+            if step == 2 and twins:  # the second goes on from a saved state
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = AdamW([p], lr=1.0, rounding_seed=5)
+                optimizer.load_state_dict(state)
+            p.grad = torch.full_like(p, 0.1 * step)
+            optimizer.step()
+        assert "master" not in optimizer.state[p]
+        twins.append(p.detach())
+    assert torch.equal(*twins)
+    assert not torch.equal(twins[0], start.bfloat16())
