@@ -148,7 +148,7 @@ struct Block {
   float softcap, scale;
   int64_t heads, kv_heads, K, capacity;
   T *keys, *values;
-  const Tensor &cos, &sin;
+  Tensor cos, sin;  // contiguous
 
   // norm(x) of M rows, or of s = x + residual, which is then stored.
   void norm(NormAt at, int64_t M, int64_t D, const T* x, const T* residual, T* s, T* y) const {
@@ -249,10 +249,9 @@ void check_rows(const Tensor& x, const Tensor& cos, const Tensor& sin, const Ten
               "decode_block: slots are ", slots.sizes(), ", positions ", positions.sizes(), "; both must be int64 [", M,
               "]");
   TORCH_CHECK(cos.dim() == 2 && cos.sizes() == sin.sizes() && cos.scalar_type() == sin.scalar_type() &&
-                  is_native(cos) && cos.is_contiguous() && sin.is_contiguous() && cos.size(1) % 2 == 0 &&
-                  cos.size(1) <= keys.size(3),
-              "decode_block: cos is ", cos.sizes(), ", sin ", sin.sizes(),
-              "; both must be contiguous [P, R], R even and at most ", keys.size(3));
+                  cos.size(1) % 2 == 0 && cos.size(1) <= keys.size(3),
+              "decode_block: cos is ", cos.sizes(), ", sin ", sin.sizes(), "; both must be [P, R], R even and at most ",
+              keys.size(3));
   const int64_t *slot = slots.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
   const int64_t capacity = std::min(values.size(2), cos.size(0));
   std::vector<bool> is_taken(values.size(0), false);
@@ -322,6 +321,7 @@ Tensor decode_block(const Tensor& x, const Tensor& cos, const Tensor& sin, const
               "decode_block: keys are ", keys.scalar_type(), ", x is ", x.scalar_type());
   auto out = at::empty(x.sizes(), x.options());
   if (x.size(0) == 0) return out;
+  const auto table = [&cos](const Tensor& t) { return (is_native(cos) ? t : t.to(at::kFloat)).contiguous(); };
   by_dtype(x, [&]<typename T>() {
     Block<T> block{{},
                    {},
@@ -336,8 +336,8 @@ Tensor decode_block(const Tensor& x, const Tensor& cos, const Tensor& sin, const
                    values.size(2),
                    keys.mutable_data_ptr<T>(),
                    values.mutable_data_ptr<T>(),
-                   cos,
-                   sin};
+                   table(cos),
+                   table(sin)};
     for (int i = 0; i < kParts; ++i)
       block.layers.emplace_back(weights[i], biases.get(i), lora_a.get(i), lora_b.get(i), scales[i]);
     for (int i = 0; i < kNorms; ++i) {

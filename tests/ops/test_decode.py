@@ -44,8 +44,8 @@ def case(rows, *, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, has_bias=Fa
     block = BlockWeights(
         weights=[randn(*shape) / shape[1] ** 0.5 for shape in shapes],
         biases=[randn(shape[0]) if has_bias else None for shape in shapes],
-        lora_a=[randn(rank, shape[1]).float() if rank else None for shape in shapes],
-        lora_b=[randn(shape[0], rank).float() if rank else None for shape in shapes],
+        lora_a=[(randn(rank, shape[1]) / shape[1] ** 0.5).float() if rank else None for shape in shapes],
+        lora_b=[(randn(shape[0], rank) / rank**0.5).float() if rank else None for shape in shapes],
         scales=[0.5] * 7,
         norms=[1 + randn(head_dim if i in (1, 2) else D).float() / 3 if i in norms else None for i in range(6)],
         norm_eps=[1e-5] * 6,
@@ -178,8 +178,8 @@ def test_what_does_not_fit_is_named():
         decode_block(x, cos, sin, slots[:1].repeat(2), positions, keys, values, block)
     with pytest.raises(IndexError, match=r"positions\[0\] is 96"):
         decode_block(x, cos, sin, slots, positions * 0 + 96, keys, values, block)
+    weights = [w[:, 1:] if i == 3 else w for i, w in enumerate(block.weights)]
     with pytest.raises(RuntimeError, match=r"weights\[3\] is \[48, 119\]"):
-        weights = [w[:, 1:] if i == 3 else w for i, w in enumerate(block.weights)]
         decode_block(x, cos, sin, slots, positions, keys, values, block._replace(weights=weights))
     with pytest.raises(RuntimeError, match=r"weight \[5, 47\]"):
         decode_logits(x, torch.randn(5, 47))
