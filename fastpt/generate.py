@@ -68,12 +68,11 @@ def generate_tokens(
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    if streamer is not None:
-        batch_size = 1
+    batch_size = 1 if streamer is not None else min(batch_size, len(prompts))
     was_training = model.training
     model.eval()
     try:
-        with _decoder(model, prompts, min(batch_size, len(prompts)), max_new_tokens) as decoder:
+        with _decoder(model, prompts, batch_size, max_new_tokens) as decoder:
             if decoder is None:
                 return _by_model(model, prompts, stop, pad, max_new_tokens, temperature, top_p, batch_size, streamer)
             return _by_decoder(decoder, prompts, set(stop), max_new_tokens, temperature, top_p, batch_size, streamer)
