@@ -45,7 +45,7 @@ def generate_batch(
         model, prompts, stop=stop_tokens(model, tokenizer), pad=tokenizer.pad_token_id, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, batch_size=batch_size, streamer=streamer,
     )  # fmt: skip
-    return tokenizer.batch_decode(made, skip_special_tokens=True)
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def _by_model(
     made: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     device = next(model.parameters()).device
-    fill = stop[0] if pad is None else pad
+    fill = next(iter(stop), 0) if pad is None else pad  # masked, so any token does
     # Nothing of the model's generation config but its stop tokens: the same distribution as with a decoder.
     sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
     if temperature > 0:
@@ -206,7 +206,7 @@ def _by_model(
         mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
         out = model.generate(
             input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device),
-            max_new_tokens=max_new_tokens, pad_token_id=fill, eos_token_id=list(stop), streamer=streamer, **sampling,
+            max_new_tokens=max_new_tokens, pad_token_id=fill, eos_token_id=list(stop) or None, streamer=streamer, **sampling,
         )  # fmt: skip
         for i, tokens in zip(chosen, out[:, longest:].tolist(), strict=True):
             ends = next((n + 1 for n, token in enumerate(tokens) if token in stop), len(tokens))
