@@ -14,60 +14,74 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import harness, toy
+from benchmarks.peers import save_adapter
 from benchmarks.train_step import versions
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
-def load(folder: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+class Source(NamedTuple):
+    """What every peer loads."""
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model: str
+    dtype: torch.dtype
+    adapter: str | None = None
+
+    def load(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype)
+        if self.adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, self.adapter)
+        return model.eval()
 
 
-def by_fastpt(folder: str, dtype: torch.dtype) -> Generate:
+def by_fastpt(source: Source, *, is_merged: bool = False) -> Generate:
     import fastpt
     from fastpt.generate import generate_tokens
 
-    model = load(folder, dtype)
+    model = source.load()
+    if is_merged:
+        model = model.merge_and_unload()
     fastpt.fuse(model)
     return lambda prompts, count: generate_tokens(model, prompts, stop=[], max_new_tokens=count)
 
 
-def by_transformers(folder: str, dtype: torch.dtype, **options: Any) -> Generate:
-    model = load(folder, dtype)
+def by_transformers(source: Source, **options: Any) -> Generate:
+    model = source.load()
 
     def run(prompts: list[list[int]], count: int) -> list[list[int]]:
         ids = torch.tensor(prompts)
         made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None,
-            pad_token_id=0, **options,
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False,
+            eos_token_id=None, pad_token_id=0, **options,
         )  # fmt: skip
         return made[:, ids.shape[1] :].tolist()
 
     return run
 
 
-PEERS: dict[str, Callable[[str, torch.dtype], Generate]] = {
+PEERS: dict[str, Callable[[Source], Generate]] = {
     "fastpt": by_fastpt,
     "hf": by_transformers,
-    "hf-static": lambda folder, dtype: by_transformers(
-        folder, dtype, cache_implementation="static", disable_compile=True
-    ),
+    "hf-static": lambda source: by_transformers(source, cache_implementation="static", disable_compile=True),
+    "fastpt-merged": lambda source: by_fastpt(source, is_merged=True),  # what unmerged adapters cost
 }
 
 
 @torch.no_grad()
-def worst_gap_ulps(folder: str, dtype: torch.dtype, prompts: list[list[int]], made: list[list[int]]) -> float:
+def worst_gap_ulps(source: Source, prompts: list[list[int]], made: list[list[int]]) -> float:
     """Over all chosen tokens: best logit minus chosen logit of the unfused model, in bfloat16 ulps of the best."""
-    model, worst = load(folder, dtype), 0.0
+    model, worst = source.load(), 0.0
     for prompt, tokens in zip(prompts, made, strict=True):
         logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
         best = logits.amax(-1)
@@ -77,13 +91,12 @@ def worst_gap_ulps(folder: str, dtype: torch.dtype, prompts: list[list[int]], ma
     return worst
 
 
-def compare(options: argparse.Namespace, folder: str, batch: int, console: Console) -> list[dict[str, Any]]:
+def compare(options: argparse.Namespace, source: Source, batch: int, console: Console) -> list[dict[str, Any]]:
     """Time the peers in turns; one record each."""
-    dtype = getattr(torch, options.dtype)
     generator = torch.Generator().manual_seed(batch)
-    vocabulary = load(folder, dtype).config.vocab_size
+    vocabulary = source.load().config.vocab_size
     prompts = torch.randint(vocabulary // 10, vocabulary, (batch, options.prompt_tokens), generator=generator).tolist()
-    peers = {name: PEERS[name](folder, dtype) for name in options.names}
+    peers = {name: PEERS[name](source) for name in options.names}
     made = {name: run(prompts, options.new_tokens) for name, run in peers.items()}  # warms up
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     for _ in range(options.rounds):
@@ -96,10 +109,10 @@ def compare(options: argparse.Namespace, folder: str, batch: int, console: Conso
     for name, times in seconds.items():
         median = statistics.median(times)
         record = {
-            "peer": name, "batch": batch, "dtype": options.dtype, "prompt_tokens": options.prompt_tokens,
+            "peer": name, "batch": batch, "dtype": options.dtype, "lora": options.lora, "prompt_tokens": options.prompt_tokens,
             "new_tokens": options.new_tokens, "tokens_per_s": tokens / median, "step_ms": 1e3 * median / options.new_tokens,
             "rounds_tokens_per_s": [tokens / s for s in times],
-            "worst_gap_ulps": worst_gap_ulps(folder, dtype, prompts, made[name]),
+            "worst_gap_ulps": worst_gap_ulps(source, prompts, made[name]),
         }  # fmt: skip
         if "fastpt" in seconds:
             pairs = zip(times, seconds["fastpt"], strict=True)
@@ -125,7 +138,8 @@ def show(records: list[dict[str, Any]], title: str, console: Console) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a causal language model")
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"of {','.join(PEERS)}")
+    parser.add_argument("--lora", action="store_true", help="with an adapter on every linear layer, r = 16")
+    parser.add_argument("--peers", default="fastpt,hf,hf-static", help=f"of {','.join(PEERS)}")
     parser.add_argument("--batch", default="1,8", help="sequences at a time, one run for each")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -137,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
     options.names = list(dict.fromkeys(options.peers.split(",")))
     if unknown := [name for name in options.names if name not in PEERS]:
         parser.error(f"unknown peer {', '.join(unknown)}: there are {', '.join(PEERS)}")
+    if "fastpt-merged" in options.names and not options.lora:
+        parser.error("the peer fastpt-merged needs --lora: without an adapter there is nothing to merge")
     if not options.model and not options.toy:
         parser.error("--model names the model (or --toy for a made-up one)")
     from transformers.utils import logging
@@ -147,9 +163,9 @@ def main(argv: list[str] | None = None) -> int:
         if options.toy:
             options.model = str(toy.write_model(Path(made_up)))
             options.prompt_tokens, options.new_tokens, options.rounds = 12, 6, 2
-        records = [
-            r for batch in options.batch.split(",") for r in compare(options, options.model, int(batch), console)
-        ]
+        adapter = save_adapter(options.model, f"{made_up}/adapter") if options.lora else None
+        source = Source(options.model, getattr(torch, options.dtype), adapter)
+        records = [r for batch in options.batch.split(",") for r in compare(options, source, int(batch), console)]
     about = {"model": "toy" if options.toy else options.model, "versions": versions(), "machine": harness.machine()}
     if options.json:
         harness.write_json_lines(options.json, [{**record, **about} for record in records])
