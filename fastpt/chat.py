@@ -37,9 +37,12 @@ def talk(where: str, *, system: str | None, temperature: float, max_new_tokens: 
 
 
 def _load(where: str) -> tuple[Any, Any]:
+    from fastpt.fusion import fuse
+
     device = models.choose_device("auto")
     dtype, _ = models.choose_precision("auto", device)
     loaded = models.load(Path(where) if Path(where).exists() else where, dtype=dtype, device=device)
+    fuse(loaded.model)
     return loaded.model.eval(), loaded.tokenizer
 
 

@@ -46,6 +46,9 @@ class Run:
 
         Options are those of fastpt.generate.generate_batch: max_new_tokens, temperature, top_p, batch_size.
         """
+        from fastpt.fusion import fuse
+
+        self.handle = self.handle or fuse(self.model)  # once, not on every call
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
         answers = generate_batch(self.model, self.tokenizer, [prompts] if single else list(prompts), **options)  # type: ignore[list-item]
         return answers[0] if single else answers

@@ -3,6 +3,7 @@
 from fastpt.ops.adamw import adamw, grad_norm
 from fastpt.ops.attention import attention
 from fastpt.ops.embedding import embedding
+from fastpt.ops.decode import decode_block, decode_logits
 from fastpt.ops.geglu import geglu
 from fastpt.ops.layer_norm import layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
@@ -19,6 +20,8 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "embedding",
+    "decode_block",
+    "decode_logits",
     "geglu",
     "grad_norm",
     "layer_norm",
