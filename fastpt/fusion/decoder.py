@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastpt.fusion.layout import Layout
 from fastpt.fusion.pieces import Activation, Linears, Norm, product_dtype, raw
 
-
 # The last piece, whose inner width is the largest, goes by so many tokens: what it needs for a moment does not grow with
 # the length of a row, and its blocks of memory are of one size and get used again.
 ROWS = 2048

@@ -2,8 +2,8 @@
 
 from fastpt.ops.adamw import adamw, grad_norm
 from fastpt.ops.attention import attention
-from fastpt.ops.embedding import embedding
 from fastpt.ops.decode import decode_block, decode_logits
+from fastpt.ops.embedding import embedding
 from fastpt.ops.geglu import geglu
 from fastpt.ops.layer_norm import layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
@@ -19,9 +19,9 @@ __all__ = [
     "adamw",
     "add_rms_norm",
     "attention",
-    "embedding",
     "decode_block",
     "decode_logits",
+    "embedding",
     "geglu",
     "grad_norm",
     "layer_norm",
