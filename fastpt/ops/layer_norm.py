@@ -169,6 +169,7 @@ class _AddLayerNorm(torch.autograd.Function):
         y, summed, mean, rstd = _add_forward(x, residual, weight, bias, eps, dropout_p, seed)
         ctx.save_for_backward(summed, mean, rstd, weight)
         ctx.options = x.dtype, dropout_p, seed
+        ctx.has_dx = dropout_p > 0 or x.dtype != summed.dtype
         return y, summed
 
     @staticmethod
@@ -181,8 +182,7 @@ class _AddLayerNorm(torch.autograd.Function):
         dx, ds, dweight, dbias = _add_backward(
             grad, grad_sum, summed, mean, rstd, weight, *ctx.options, wants_weight, wants_bias
         )
-        dx = ds if dx.numel() < ds.numel() else dx
-        return dx, ds, dweight if wants_weight else None, dbias if wants_bias else None, None, None, None
+        return dx if ctx.has_dx else ds, ds, dweight if wants_weight else None, dbias if wants_bias else None, None, None, None
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
