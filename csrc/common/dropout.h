@@ -8,12 +8,12 @@
 
 namespace fastpt {
 
-struct Dropout {
+struct DropoutRule {
   uint32_t threshold;  // a value is dropped when its 32 random bits lie below
   float scale;         // 1 / (1 - p), 0 when all is dropped
 };
 
-inline Dropout dropout_of(double p) {
+inline DropoutRule dropout_of(double p) {
   const double threshold = p * 4294967296.0;
   return {threshold < 4294967295.0 ? static_cast<uint32_t>(threshold) : 4294967295u,
           p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};
@@ -31,7 +31,7 @@ FASTPT_FORMULA uint32_t dropout_key(uint64_t seed, uint64_t row) {
   return mix_bits(low ^ static_cast<uint32_t>(seed >> 32)) + static_cast<uint32_t>(row >> 32);
 }
 
-FASTPT_FORMULA float dropped_out(float value, uint32_t key, uint32_t column, Dropout dropout) {
+FASTPT_FORMULA float dropped_out(float value, uint32_t key, uint32_t column, DropoutRule dropout) {
   return mix_bits(key ^ (column * 0x9e3779b9u)) < dropout.threshold ? 0.0f : value * dropout.scale;
 }
 

@@ -58,7 +58,7 @@ void layer_norm_backward_rows(int64_t rows, int64_t D, const T* grad, const T* x
 
 // s = dropout(x) + residual, rounded, stored and normed. Rows are numbered from `first` for the draw.
 template <typename X, typename R, bool Drops>
-void add_layer_norm_rows(int64_t first, int64_t rows, int64_t D, const X* x, const R* residual, Dropout dropout,
+void add_layer_norm_rows(int64_t first, int64_t rows, int64_t D, const X* x, const R* residual, DropoutRule dropout,
                          uint64_t seed, const float* weight, const float* bias, float eps, R* s, R* y, float* mean,
                          float* rstd) {
   for (int64_t t = 0; t < rows; ++t) {
@@ -79,7 +79,7 @@ void add_layer_norm_rows(int64_t first, int64_t rows, int64_t D, const X* x, con
 // The gradient of s = that of its norm + grad_sum (may be null) goes to ds, and dropped out to dx unless it is null.
 template <typename X, typename R, bool Drops>
 void add_layer_norm_backward_rows(int64_t first, int64_t rows, int64_t D, const R* grad, const R* grad_sum, const R* s,
-                                  Dropout dropout, uint64_t seed, const float* mean, const float* rstd,
+                                  DropoutRule dropout, uint64_t seed, const float* mean, const float* rstd,
                                   const float* weight, R* ds, X* dx, float* dweight, float* dbias) {
   for (int64_t t = 0; t < rows; ++t) {
     R* out = ds + t * D;
