@@ -23,11 +23,16 @@ class NotFusable(Exception):
 
 def check_untouched(module: nn.Module, path: str) -> None:
     """Raise NotFusable when calling `module` does more than its class's forward: a hook, or a forward of its own."""
+    check_unhooked(module, path)
+    if "forward" in module.__dict__:
+        raise NotFusable(f"{path} has a forward of its own")
+
+
+def check_unhooked(module: nn.Module, path: str) -> None:
+    """Raise NotFusable when a module has hooks, transformers' own recorder aside."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks) and any(not _is_capture(hook) for found in hooks for hook in found.values()):
         raise NotFusable(f"hook on {path}")
-    if "forward" in module.__dict__:
-        raise NotFusable(f"{path} has a forward of its own")
 
 
 def check_no_global_hooks() -> None:
