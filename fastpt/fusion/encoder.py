@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastpt.fusion.dropped_attention import dropped_attention, dropped_attention_backward
 from fastpt.fusion.layout import Layout
 from fastpt.fusion.pieces import APPROXIMATIONS, Linears, product_dtype, raw
 
@@ -158,7 +157,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, call: EncoderCall) -> tuple[Tensor,
     k, v = (t if keys is None else t.index_select(0, keys) for t in (k, v))
     q = q if queries is None else q.index_select(0, queries)
     if call.dropout_p > 0:
-        out, lse = dropped_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, call.options, call.dropout_p, call.seed)
+        dropout = call.dropout_p, call.seed
+        out, lse = raw.attention_dropout(q, k, v, cu_seqlens_q, cu_seqlens_k, *call.options, *dropout)
     else:
         out, lse = raw.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *call.options)
     out = _scattered(out, queries, tokens)
@@ -172,7 +172,7 @@ def _attend_backward(grad: Tensor, saved: Saved, call: EncoderCall) -> tuple[Ten
         grad, out = grad.index_select(0, queries), out.index_select(0, queries)
     parts = grad, saved.q, saved.k, saved.v, out, saved.lse, cu_seqlens_q, cu_seqlens_k
     if call.dropout_p > 0:
-        dq, dk, dv = dropped_attention_backward(*parts, call.options, call.dropout_p, call.seed)
+        dq, dk, dv = raw.attention_dropout_backward(*parts, *call.options, call.dropout_p, call.seed)
     else:
         dq, dk, dv = raw.attention_backward(*parts, *call.options)
     return _scattered(dq, queries, tokens), _scattered(dk, keys, tokens), _scattered(dv, keys, tokens)

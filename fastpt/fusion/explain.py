@@ -104,10 +104,7 @@ def _encoder_rows(path: str, block: nn.Module, recipe: EncoderRecipe, patch: Pat
     if patch.fallback:
         return [Row(path, "", "", f"last call: {patch.fallback}")]
     rows = [_served(f"{path}.{name}", "lora_linear", device) for name in names.qkv]
-    if drops:
-        rows.append(Row(f"{path}.{names.attention}", "", "", f"attention dropout {drops} in training: plain PyTorch"))
-    else:
-        rows.append(_served(f"{path}.{names.attention}", "attention", device))
+    rows.append(_served(f"{path}.{names.attention}", "attention_dropout" if drops else "attention", device))
     ops = {names.output: "lora_linear", names.norm: "add_layer_norm", names.up: "lora_linear"}
     ops |= {names.activation: "bias_gelu", names.down: "lora_linear", names.mlp_norm: "add_layer_norm"}
     return rows + [_served(f"{path}.{name}", op, device) for name, op in ops.items()]
