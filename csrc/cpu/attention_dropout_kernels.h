@@ -98,7 +98,7 @@ void dropped_attention_head(const DroppedSequence& c, const T* q, const T* k, co
 
 template <typename T>
 void dropped_attention_backward_head(const DroppedSequence& c, const T* grad, const T* q, const T* k, const T* v,
-                                     const T* out, const float* lse, T* dq, T* dk, T* dv, float* scratch) {
+                                     const float* lse, T* dq, T* dk, T* dv, float* scratch) {
   const int64_t n = c.n(), K = c.width(), ld_q = c.heads_q * c.K, ld_k = c.heads_kv * c.K;
   float *keys = scratch, *keys_t = keys + n * K, *values = keys_t + n * K, *values_t = values + n * K,
         *dkeys = values_t + n * K, *dvalues = dkeys + n * K, *query = dvalues + n * K, *dout = query + kQueries * K,
@@ -125,15 +125,19 @@ void dropped_attention_backward_head(const DroppedSequence& c, const T* grad, co
         if (hi == lo) continue;
         const uint32_t key = dropout_key(c.seed, c.first_row + (i + r) * c.heads_q + g);
         const float total = lse[(i + r) * c.heads_q + g];
-        float delta = 0.0f;
-        for (int64_t d = 0; d < c.K; ++d) delta += dout[r * K + d] * to_float(out[at + r * ld_q + d]);
-#pragma omp simd
+        float* dweight = dp + r * n;
+        float delta = 0.0f;  // sum of weight times its gradient: closer than out times dout, both of which are rounded
+#pragma omp simd reduction(+ : delta)
         for (int64_t j = lo; j < hi; ++j) {
           const float p = exp_f(score[j] * c.scale - total);
           const float kept = dropped_out(1.0f, key, static_cast<uint32_t>(j), c.dropout);
           weight[j] = p * kept;
-          score[j] = p * (dp[r * n + j] * kept - delta) * c.scale;
+          score[j] = p;
+          dweight[j] *= kept;
+          delta += p * dweight[j];
         }
+#pragma omp simd
+        for (int64_t j = lo; j < hi; ++j) score[j] *= (dweight[j] - delta) * c.scale;
       }
       four_sums(n, c.keys, K, s, keys, result);
       for (int64_t r = 0; r < rows; ++r)

@@ -304,4 +304,6 @@ def _layout_to_pack(
     assert layout is not None
     if layout.padding is not None and layout.window is not None:
         raise NotFusable("a window over padded rows")
+    if layout.padding is not None and not bool(layout.padding[:, 0].all()):
+        raise NotFusable("padding on the left, where a pooler would read it")
     return layout
