@@ -28,7 +28,7 @@ class Job:
 
     model: str
     adapter: str | None  # folder of the saved adapter that all start from; None trains all weights
-    rows: list[Row]
+    rows: list[Any]  # of Row, or of LabelledRow for classifiers
     batch_rows: int
     lr: float
     is_fp32: bool = False  # all peers in float32, for comparing losses; else each in its own precision
@@ -164,7 +164,7 @@ class Trl(Peer):
     def train(self, after_step: AfterStep) -> None:
         from datasets import Dataset
         from transformers import AutoTokenizer
-        from trl import SFTConfig
+        from trl import SFTConfig, SFTTrainer
 
         if self.is_fused:
             import fastpt
@@ -178,7 +178,7 @@ class Trl(Peer):
                 learning_rate=self.job.lr, lr_scheduler_type="constant", train_sampling_strategy="sequential",
                 save_strategy="no", report_to="none", disable_tqdm=True,
             )  # fmt: skip
-            trainer = _reporting_trainer(after_step)(
+            trainer = reporting(SFTTrainer, after_step)(
                 model=self.model,
                 args=config,
                 train_dataset=Dataset.from_list([row._asdict() for row in self.job.rows]),
@@ -187,14 +187,13 @@ class Trl(Peer):
             trainer.train()
 
 
-def _reporting_trainer(after_step: AfterStep) -> Any:
-    """An SFTTrainer that reports each optimizer step: training_step has the loss, on_step_end the moment."""
+def reporting(trainer: Any, after_step: AfterStep) -> Any:
+    """A trainer class that reports each optimizer step: training_step has the loss, on_step_end the moment."""
     from transformers import TrainerCallback
-    from trl import SFTTrainer
 
     last: dict[str, Any] = {}
 
-    class Reporting(SFTTrainer):
+    class Reporting(trainer):
         def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
             last["tokens"] = inputs["attention_mask"].sum()
             last["loss"] = super().training_step(model, inputs, num_items_in_batch)

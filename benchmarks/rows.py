@@ -1,9 +1,10 @@
-"""The rows that every peer of a training benchmark sees, tokenised once: full rows of text, or real questions and answers."""
+"""The rows that every peer of a training benchmark sees, tokenised once: full rows of text, questions and answers, intents."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,24 +26,37 @@ class Row(NamedTuple):
         return [token if trained else IGNORED for token, trained in pairs]
 
 
-def default_data() -> Path:
-    """GSM8K's training questions in $FASTPT_DATA, or in shared/data beside the repository."""
+class LabelledRow(NamedTuple):
+    """One row of text and its class."""
+
+    input_ids: list[int]
+    label: int
+
+
+FILES = {"packed": "gsm8k_train.jsonl", "gsm8k": "gsm8k_train.jsonl", "clinc150": "clinc150_small.json"}
+
+
+def default_data(work: str) -> Path:
+    """The file of a work in $FASTPT_DATA, or in shared/data beside the repository."""
     folder = os.environ.get("FASTPT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
-    return Path(folder) / "gsm8k_train.jsonl"
+    return Path(folder) / FILES[work]
 
 
-def load(work: str, tokenizer: Any, data: Path, *, count: int, length: int) -> list[Row]:
+def load(work: str, tokenizer: Any, data: Path, *, count: int, length: int) -> list[Any]:
     """The first `count` rows of a jsonl file, in its order, none longer than `length` tokens.
 
     `packed`: the texts of the file one after another, cut into rows of exactly `length`, every token a target.
     `gsm8k`: one row per question through the chat template, only the answer's tokens are targets.
+    `clinc150`: pairs of text and class under "train" in a JSON file, in a fixed random order (the file is sorted by class).
 
     Raises: DataError for a file that is missing, is not jsonl or has too few rows.
     """
     if not data.is_file():
         raise DataError(
-            f"no data at {data}: name a jsonl file by --data, or set FASTPT_DATA to a folder with gsm8k_train.jsonl"
-        )
+            f"no data at {data}: name a file by --data, or set FASTPT_DATA to a folder with {FILES[work]}"
+        )  # fmt: skip
+    if work == "clinc150":
+        return _labelled(tokenizer, data, count, length)
     make = {"packed": _packed, "gsm8k": _answers}[work]
     rows = [row for row, _ in zip(make(tokenizer, _records(data), length), range(count), strict=False)]
     if len(rows) < count:
@@ -84,3 +98,18 @@ def _answers(tokenizer: Any, records: Iterator[dict[str, Any]], length: int) -> 
         mask = [0] * len(question) + [1] * len(answer)
         if any(mask[1:length]):  # else the cut left nothing to learn
             yield Row((question + answer)[:length], mask[:length])
+
+
+def _labelled(tokenizer: Any, data: Path, count: int, length: int) -> list[LabelledRow]:
+    try:
+        pairs = [(str(text), str(label)) for text, label in json.loads(data.read_text(encoding="utf-8"))["train"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f'{data} holds no list of [text, class] under "train" ({type(error).__name__}: {error})'
+        ) from None
+    if len(pairs) < count:
+        raise DataError(f"{data} gives {len(pairs)} rows of clinc150, {count} are needed: ask for fewer steps or rows")
+    number = {label: i for i, label in enumerate(sorted({label for _, label in pairs}))}
+    random.Random(0).shuffle(pairs)
+    encoded = tokenizer([text for text, _ in pairs[:count]], truncation=True, max_length=length)["input_ids"]
+    return [LabelledRow(ids, number[label]) for ids, (_, label) in zip(encoded, pairs, strict=False)]

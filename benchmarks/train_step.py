@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import harness, rows, toy, worker
+from benchmarks.classifiers import CLASSIFIERS
 from benchmarks.peers import PEERS, Job, save_adapter
 from fastpt.errors import FastptError
 
@@ -38,7 +39,8 @@ class Contestant:
         self.rounds: list[list[worker.Step]] = []
         self.peak_bytes = 0
         self.failure: str | None = None
-        self.absence = PEERS[name].missing()
+        self.batch_rows = job.batch_rows
+        self.absence = worker.ENTRIES[name].missing()
         if self.absence is None:
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
@@ -93,6 +95,9 @@ class Contestant:
         return {
             **found,
             "tokens_per_s": statistics.median(rates),
+            "rows_per_s": statistics.median(
+                len(steps) * self.batch_rows / sum(step.seconds for step in steps) for steps in timed
+            ),
             "step_s": statistics.median(step.seconds for steps in timed for step in steps),
             "peak_bytes": self.peak_bytes,
             **self.built,
@@ -136,15 +141,26 @@ def _tail(log: Path, lines: int = 12) -> str:
 
 def show(records: list[dict[str, Any]], title: str, console: Console) -> None:
     table = Table(title=title)
-    columns = ("peer", "tokens/s", "fastpt is", "step", "peak", "weights", "above weights", "first loss", "last loss")
+    columns = (
+        "peer",
+        "tokens/s",
+        "rows/s",
+        "fastpt is",
+        "step",
+        "peak",
+        "weights",
+        "above weights",
+        "first loss",
+        "last loss",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "peer" else "right")
-    ours = next((r.get("tokens_per_s") for r in records if r["peer"] == "fastpt"), None)
+    ours = next((r.get("tokens_per_s") for r in records if r["peer"] in ("fastpt", "hf-trainer+fuse")), None)
     for r in records:
         if "tokens_per_s" not in r:
             continue
         table.add_row(
-            r["peer"], f"{r['tokens_per_s']:.0f}", f"{ours / r['tokens_per_s']:.2f} ×" if ours else "",
+            r["peer"], f"{r['tokens_per_s']:.0f}", f"{r['rows_per_s']:.1f}", f"{ours / r['tokens_per_s']:.2f} ×" if ours else "",
             f"{r['step_s']:.3f} s", *(f"{r[key] / 2**20:.0f} MiB" for key in
             ("peak_bytes", "weights_bytes", "peak_above_weights_bytes")),
             f"{r['losses'][0]:.4f}", f"{r['losses'][-1]:.4f}",
@@ -164,24 +180,32 @@ def versions() -> dict[str, str | None]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub id of a causal language model")
-    parser.add_argument("--work", choices=["packed", "gsm8k"], default="packed", help="full rows of text, or answers")
-    parser.add_argument("--mode", choices=["lora", "full"], default="lora")
-    parser.add_argument("--peers", default="fastpt,trl,trl+fuse,hf,hf-compile", help=f"of {','.join(PEERS)}")
-    parser.add_argument("--batch", type=int, help="rows a step (default: 4 packed, 8 gsm8k)")
+    parser.add_argument("--model", help="folder or hub id of a causal language model, for clinc150 of an encoder")
+    parser.add_argument(
+        "--work", choices=list(rows.FILES), default="packed", help="full rows of text, answers, or intents to classify"
+    )
+    parser.add_argument("--mode", choices=["lora", "full"], help="default: lora, clinc150 full")
+    parser.add_argument("--peers", help=f"of {','.join(PEERS)}, for clinc150 of {','.join(CLASSIFIERS)}")
+    parser.add_argument("--batch", type=int, help="rows a step (default: 4 packed, 8 gsm8k, 32 clinc150)")
     parser.add_argument("--seq", type=int, default=512, help="tokens a row at most")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each peer")
     parser.add_argument(
         "--precision", choices=["own", "fp32"], default="own", help="fp32: all alike, to compare losses"
     )
-    parser.add_argument("--data", type=Path, help="jsonl file (default: GSM8K's training questions)")
+    parser.add_argument("--data", type=Path, help="the rows (default: GSM8K's training questions, or CLINC150's)")
     parser.add_argument("--json", type=Path, help="write one JSON line per peer")
     parser.add_argument("--toy", action="store_true", help="a random model, made-up rows, 2 steps: checks that it runs")
     options = parser.parse_args(argv)
-    options.names = list(dict.fromkeys(options.peers.split(",")))
-    unknown = [name for name in options.names if name not in PEERS]
+    is_classifier = options.work == "clinc150"
+    peers = CLASSIFIERS if is_classifier else PEERS
+    default = ",".join(CLASSIFIERS) if is_classifier else "fastpt,trl,trl+fuse,hf,hf-compile"
+    options.names = list(dict.fromkeys((options.peers or default).split(",")))
+    unknown = [name for name in options.names if name not in peers]
     if unknown:
-        parser.error(f"unknown peer {', '.join(unknown)}: there are {', '.join(PEERS)}")
+        parser.error(f"unknown peer {', '.join(unknown)}: for {options.work} there are {', '.join(peers)}")
+    options.mode = options.mode or ("full" if is_classifier else "lora")
+    if is_classifier and (options.mode == "lora" or options.toy):
+        parser.error("clinc150 trains all weights of a real encoder: leave out --mode lora and --toy")
     if options.toy:
         options.model, options.seq, options.steps = "toy", 64, 2
     if not options.model:
@@ -227,17 +251,18 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Job, int, int]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, data = options.model, options.data or rows.default_data()
+    model, data = options.model, options.data or rows.default_data(options.work)
     if options.toy:
         model, data = str(toy.write_model(folder / "model")), toy.write_data(folder / "toy.jsonl")
     rounds = min(ROUNDS, options.steps)
     steps_per_round = 1 + -(-options.steps // rounds)
-    batch_rows = options.batch or {"packed": 4, "gsm8k": 8}[options.work]
+    batch_rows = options.batch or {"packed": 4, "gsm8k": 8, "clinc150": 32}[options.work]
     tokenizer = AutoTokenizer.from_pretrained(model)
     examples = rows.load(options.work, tokenizer, data, count=batch_rows * rounds * steps_per_round, length=options.seq)
     is_lora = options.mode == "lora"
     adapter = save_adapter(model, str(folder / "adapter")) if is_lora else None
-    job = Job(model, adapter, examples, batch_rows, lr=2e-4 if is_lora else 2e-5, is_fp32=options.precision == "fp32")
+    lr = 5e-5 if options.work == "clinc150" else 2e-4 if is_lora else 2e-5
+    job = Job(model, adapter, examples, batch_rows, lr, is_fp32=options.precision == "fp32")
     return job, rounds, steps_per_round
 
 

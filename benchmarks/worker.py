@@ -14,7 +14,10 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from benchmarks import harness
-from benchmarks.peers import PEERS, Job
+from benchmarks.classifiers import CLASSIFIERS
+from benchmarks.peers import PEERS, Job, Peer
+
+ENTRIES: dict[str, type[Peer]] = {**PEERS, **CLASSIFIERS}
 
 
 class Step(NamedTuple):
@@ -57,7 +60,7 @@ def main(connection: Connection, name: str, job: Job, steps_per_round: int, log:
     os.dup2(sink, sys.stderr.fileno())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
-        peer = PEERS[name](job)
+        peer = ENTRIES[name](job)
         peer.build()
         about = _touch_weights(peer.model)
         memory = harness.PeakMemory()

@@ -9,6 +9,7 @@ import torch
 VOCAB = 272  # the tokenizer's 259 and some padding, as real embeddings have
 
 DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")
+ENCODERS = ("bert", "roberta", "distilbert")
 FAMILIES = (*DECODERS, "gpt2", "bert")
 
 CHATML = (
@@ -59,12 +60,18 @@ def tiny_model(family: str, *, seed: int = 0, cls: str | None = None, **config_o
         settings = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
         settings |= {"initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 2}
         settings |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-    elif family == "bert":
-        config_name, model_name = "BertConfig", "BertForSequenceClassification"
+    elif family == "distilbert":
+        config_name, model_name = "DistilBertConfig", "DistilBertForSequenceClassification"
+        settings = {"vocab_size": VOCAB, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "pad_token_id": 0}
+        settings |= {"max_position_embeddings": 512, "initializer_range": 0.1, "num_labels": 3}
+        settings |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    elif family in ("bert", "roberta"):
+        name = {"bert": "Bert", "roberta": "Roberta"}[family]
+        config_name, model_name = f"{name}Config", f"{name}ForSequenceClassification"
         settings = {key: _DECODER[key] for key in _DECODER if key not in ("num_key_value_heads", "head_dim")}
         settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
     else:
-        raise ValueError(f"unknown family {family!r}, known: {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown family {family!r}, known: {', '.join({*FAMILIES, *ENCODERS})}")
     settings = {key: value for key, value in (settings | config_overrides).items() if value is not None}
     config = getattr(transformers, config_name)(**settings)
     with torch.random.fork_rng(devices=[]):

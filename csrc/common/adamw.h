@@ -1,11 +1,7 @@
 // AdamW's update of one value in float32: the one formula that CPU and CUDA kernels run.
 #pragma once
 
-#ifdef __CUDACC__
-#define FASTPT_FORMULA __host__ __device__ __forceinline__
-#else
-#define FASTPT_FORMULA inline __attribute__((always_inline))
-#endif
+#include "common/formula.h"
 
 namespace fastpt {
 

@@ -1,10 +1,11 @@
-// layer_norm for float and bfloat16 on the CPU; the definition is fastpt/ops/layer_norm.py.
+// layer_norm and add_layer_norm for float and bfloat16 on the CPU; the definition is fastpt/ops/layer_norm.py.
 #include <optional>
 #include <tuple>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <torch/library.h>
 
+#include "common/dropout.h"
 #include "cpu/dispatch.h"
 #include "cpu/row_blocks.h"
 #define FASTPT_KERNELS "cpu/layer_norm_kernels.h"
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
                   *wp = w.const_data_ptr<float>();
       T* dxp = dx.mutable_data_ptr<T>();
       const auto block = [&](int64_t lo, int64_t hi, float* partial) {
-        kernel(hi - lo, D, gp + lo * D, xp + lo * D, mean_p + lo, rstd_p + lo, wp, dxp + lo * D,
+        kernel(hi - lo, D, gp + lo * D, xp + lo * D, mean_p + lo, rstd_p + lo, wp, nullptr, dxp + lo * D,
                wants_weight ? partial : nullptr, wants_bias ? partial + D : nullptr);
       };
       if (wants_weight || wants_bias) {
@@ -80,10 +81,101 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
   return {dx, sums.slice(0, 0, wants_weight ? D : 0).clone(), sums.slice(0, D, wants_bias ? 2 * D : D).clone()};
 }
 
+// Calls body.operator()<X, R>() with the types of x and of the residual: equal, or bfloat16 and float.
+template <typename Body>
+void by_stream(const Tensor& x, const Tensor& residual, Body&& body) {
+  if (residual.scalar_type() == at::kBFloat16) {
+    body.template operator()<c10::BFloat16, c10::BFloat16>();
+  } else if (x.scalar_type() == at::kBFloat16) {
+    body.template operator()<c10::BFloat16, float>();
+  } else {
+    body.template operator()<float, float>();
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual,
+                                                          const std::optional<Tensor>& weight,
+                                                          const std::optional<Tensor>& bias, double eps,
+                                                          double dropout_p, int64_t seed) {
+  static const auto reference = reference_of<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, double, double,
+      int64_t)>("fastpt::add_layer_norm");
+  TORCH_CHECK(x.sizes() == residual.sizes(), "add_layer_norm: x is ", x.sizes(), ", residual is ", residual.sizes(),
+              "; they must be equal");
+  const auto w = wide_parameter(x, weight, "weight", 1), b = wide_parameter(x, bias, "bias", 0);
+  if (!is_native(x) || !is_native(residual)) return reference(x, residual, weight, bias, eps, dropout_p, seed);
+  const auto xc = x.contiguous(), rc = residual.contiguous();
+  auto y = at::empty_like(rc), s = at::empty_like(rc), mean = at::empty(x.sizes().slice(0, x.dim() - 1), w.options()),
+       rstd = at::empty_like(mean);
+  if (x.numel() == 0) return {y, s, mean, rstd};
+  const auto dropout = dropout_of(dropout_p);
+  by_stream(x, residual, [&]<typename X, typename R>() {
+    const auto kernel = dropout_p > 0 ? FASTPT_BY_ISA(add_layer_norm_rows<X, R, true>)
+                                      : FASTPT_BY_ISA(add_layer_norm_rows<X, R, false>);
+    const int64_t D = x.size(-1);
+    const X* xp = xc.const_data_ptr<X>();
+    const R* rp = rc.const_data_ptr<R>();
+    const float *wp = w.const_data_ptr<float>(), *bp = b.const_data_ptr<float>();
+    R *sp = s.mutable_data_ptr<R>(), *yp = y.mutable_data_ptr<R>();
+    float *mean_p = mean.mutable_data_ptr<float>(), *rstd_p = rstd.mutable_data_ptr<float>();
+    at::parallel_for(0, mean.numel(), row_grain(D), [&](int64_t lo, int64_t hi) {
+      const int64_t at = lo * D;
+      kernel(lo, hi - lo, D, xp + at, rp + at, dropout, seed, wp, bp, static_cast<float>(eps), sp + at, yp + at,
+             mean_p + lo, rstd_p + lo);
+    });
+  });
+  return {y, s, mean, rstd};
+}
+
+// dx (empty when it would equal ds), ds, dweight, dbias.
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
+    const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& s, const Tensor& mean, const Tensor& rstd,
+    const std::optional<Tensor>& weight, at::ScalarType dtype, double dropout_p, int64_t seed, bool wants_weight,
+    bool wants_bias) {
+  static const auto reference = reference_of<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
+      const std::optional<Tensor>&, at::ScalarType, double, int64_t, bool, bool)>("fastpt::add_layer_norm_backward");
+  const bool has_dx = dropout_p > 0 || dtype != s.scalar_type();
+  auto dx = at::empty(has_dx ? s.sizes() : at::IntArrayRef{0}, s.options().dtype(dtype));
+  if (!is_native(s) || !is_native(dx))
+    return reference(grad, grad_sum, s, mean, rstd, weight, dtype, dropout_p, seed, wants_weight, wants_bias);
+  const auto g = grad.contiguous(), sc = s.contiguous(), w = wide_parameter(s, weight, "weight", 1);
+  const auto gs = grad_sum ? grad_sum->contiguous() : Tensor();
+  const int64_t D = s.size(-1), rows = rstd.numel();
+  auto ds = at::empty_like(sc), sums = at::zeros({2 * D}, rstd.options());  // dweight, then dbias
+  const auto dropout = dropout_of(dropout_p);
+  if (s.numel() > 0) {
+    by_stream(dx, s, [&]<typename X, typename R>() {
+      const auto kernel = dropout_p > 0 ? FASTPT_BY_ISA(add_layer_norm_backward_rows<X, R, true>)
+                                        : FASTPT_BY_ISA(add_layer_norm_backward_rows<X, R, false>);
+      const R *gp = g.const_data_ptr<R>(), *gsp = grad_sum ? gs.const_data_ptr<R>() : nullptr,
+              *sp = sc.const_data_ptr<R>();
+      const float *mean_p = mean.const_data_ptr<float>(), *rstd_p = rstd.const_data_ptr<float>(),
+                  *wp = w.const_data_ptr<float>();
+      R* dsp = ds.mutable_data_ptr<R>();
+      X* dxp = has_dx ? dx.mutable_data_ptr<X>() : nullptr;
+      const auto block = [&](int64_t lo, int64_t hi, float* partial) {
+        const int64_t at = lo * D;
+        kernel(lo, hi - lo, D, gp + at, gsp == nullptr ? gsp : gsp + at, sp + at, dropout, seed, mean_p + lo,
+               rstd_p + lo, wp, dsp + at, dxp == nullptr ? dxp : dxp + at, wants_weight ? partial : nullptr,
+               wants_bias ? partial + D : nullptr);
+      };
+      if (wants_weight || wants_bias) {
+        sums = sum_row_blocks(rows, D, 2 * D, rstd.options(), block);
+      } else {
+        at::parallel_for(0, rows, row_grain(D), [&](int64_t lo, int64_t hi) { block(lo, hi, nullptr); });
+      }
+    });
+  }
+  return {dx, ds, sums.slice(0, 0, wants_weight ? D : 0).clone(), sums.slice(0, D, wants_bias ? 2 * D : D).clone()};
+}
+
 }  // namespace
 }  // namespace fastpt
 
 TORCH_LIBRARY_IMPL(fastpt, CPU, m) {
   m.impl("layer_norm", &fastpt::layer_norm);
   m.impl("layer_norm_backward", &fastpt::layer_norm_backward);
+  m.impl("add_layer_norm", &fastpt::add_layer_norm);
+  m.impl("add_layer_norm_backward", &fastpt::add_layer_norm_backward);
 }

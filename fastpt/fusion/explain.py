@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from fastpt.fusion.blocks import Recipe
+from fastpt.fusion.encoder_recipe import EncoderRecipe, dropout_of
 from fastpt.fusion.patch import Patch, patch_of
 from fastpt.fusion.projection import NotFusable
 from fastpt.ops._library import serving_kernel
@@ -51,6 +52,12 @@ def rows_of(handle: Handle) -> list[Row]:
         if isinstance(recipe, Recipe) and patch is not None:
             covered.update(module.modules())
             rows += _block_rows(path, module, recipe, patch, device)
+        elif isinstance(recipe, EncoderRecipe) and patch is not None:
+            covered.update(module.modules())
+            rows += _encoder_rows(path, module, recipe, patch, device)
+        elif path in handle.stacks and patch is not None:
+            reason = f"last call: {patch.fallback}" if patch.fallback else ""
+            rows.append(Row(path, "" if reason else "unpadding", "" if reason else "torch", reason))
         elif path in handle.recipes and patch is not None:
             op = "layer_norm" if recipe is None else "rms_norm"
             rows.append(Row(path, "", "", patch.fallback) if patch.fallback else _served(path, op, device))
@@ -85,6 +92,22 @@ def _block_rows(path: str, block: nn.Module, recipe: Recipe, patch: Patch, devic
     rows += [_served(f"{gated}.{name}", "lora_linear", device) for name in recipe.gate_up]
     rows.append(_served(gated, GATED[recipe.activation], device))
     return [*rows, _served(f"{gated}.{recipe.down}", "lora_linear", device)]
+
+
+def _encoder_rows(path: str, block: nn.Module, recipe: EncoderRecipe, patch: Patch, device: str) -> list[Row]:
+    names = recipe.names
+    try:
+        recipe.read_weights(block, next(p.dtype for p in block.parameters() if p.dim() == 1))
+        drops = dropout_of(block, names.attention_dropout)
+    except NotFusable as reason:
+        return [Row(path, "", "", str(reason))]
+    if patch.fallback:
+        return [Row(path, "", "", f"last call: {patch.fallback}")]
+    rows = [_served(f"{path}.{name}", "lora_linear", device) for name in names.qkv]
+    rows.append(_served(f"{path}.{names.attention}", "attention_dropout" if drops else "attention", device))
+    ops = {names.output: "lora_linear", names.norm: "add_layer_norm", names.up: "lora_linear"}
+    ops |= {names.activation: "bias_gelu", names.down: "lora_linear", names.mlp_norm: "add_layer_norm"}
+    return rows + [_served(f"{path}.{name}", op, device) for name, op in ops.items()]
 
 
 def show(rows: list[Row]) -> list[Row]:

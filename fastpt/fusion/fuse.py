@@ -15,6 +15,14 @@ from fastpt.fusion.attention import NAME
 from fastpt.fusion.blocks import NormRecipe, Recipe, is_checkpointing
 from fastpt.fusion.causal_lm import fused_forward, verified_head, watching_train
 from fastpt.fusion.decoder import decoder_block
+from fastpt.fusion.encoder_recipe import (
+    EncoderRecipe,
+    block_forward,
+    encoder_recipe,
+    names_of,
+    stack_forward,
+    stack_of,
+)
 from fastpt.fusion.explain import Row, rows_of, show
 from fastpt.fusion.patch import Patch, patch_of
 from fastpt.fusion.projection import NotFusable
@@ -31,9 +39,12 @@ class Handle:
     def __init__(self, model: nn.Module):
         self.model = model
         self.patches: list[Patch] = []
-        self.recipes: dict[str, Recipe | NormRecipe | None] = {}  # module path -> recipe; None: nn.LayerNorm
+        self.recipes: dict[
+            str, Recipe | EncoderRecipe | NormRecipe | None
+        ] = {}  # module path -> recipe; None: nn.LayerNorm
         self.backbones: dict[str, tuple[Any, Any]] = {}  # module path -> config, attention before
         self.embeddings: set[str] = set()  # module paths
+        self.stacks: list[str] = []  # module paths of encoders whose layers see real tokens alone
         self.heads: list[str] = []  # module paths of causal language models
         self.reasons: dict[str, str] = {}  # module path -> why it was left alone
 
@@ -77,7 +88,7 @@ def fuse(model: nn.Module) -> Handle:
     try:
         for path, module in named:
             _use_attention(handle, path, module)
-        inside = _fuse_blocks(handle, model)
+        inside = _fuse_blocks(handle, model) | _fuse_encoders(handle, model)
         _fuse_norms(handle, model, inside)
         _fuse_embeddings(handle, model, inside)
         for path, module in named:
@@ -163,6 +174,32 @@ def _block_forward(recipe: Recipe, patch: Patch) -> Any:
         return decoder_block(hidden_states, block)
 
     return forward
+
+
+def _fuse_encoders(handle: Handle, model: nn.Module) -> set[nn.Module]:
+    """Patch every encoder block that is recognised, and the stacks they make; returns the blocks' modules."""
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        names = names_of(module)
+        if module in inside or names is None:
+            continue
+        try:
+            if "forward" in module.__dict__:
+                raise NotFusable("it has a forward of its own")
+            recipe = encoder_recipe(module, names)
+        except NotFusable as reason:
+            handle.reasons[path] = str(reason)
+            continue
+        inside.update(module.modules())
+        handle.recipes[path] = recipe
+        handle.patches.append(Patch(module, partial(block_forward, recipe, CHECKPOINTS_FORWARD)))
+    for path, module in model.named_modules():
+        found = stack_of(module, path, handle.recipes)
+        if found is not None and "forward" not in module.__dict__:
+            name, recipes = found
+            handle.stacks.append(path)
+            handle.patches.append(Patch(module, partial(stack_forward, name, recipes)))
+    return inside
 
 
 def _fuse_norms(handle: Handle, model: nn.Module, inside: set[nn.Module]) -> None:

@@ -78,6 +78,13 @@ class Layout:
         return Spans(real, real, cu_seqlens, cu_seqlens) if self.causal else Spans(None, real, rows, cu_seqlens)
 
     @cached_property
+    def packed(self) -> tuple[Tensor, Layout]:
+        """The real tokens of padded rows (int64, over [B * S]), and the layout of one row that holds them alone."""
+        _, real, _, cu_seqlens = self.spans
+        assert real is not None
+        return real, Layout(1, len(real), self.device, self.causal, cu_seqlens=(cu_seqlens, cu_seqlens))
+
+    @cached_property
     def dense(self) -> Tensor:  # [B, 1, S, S]
         """The boolean mask that says the same, for what the attention op does not do."""
         index = torch.arange(self.length, device=self.device)

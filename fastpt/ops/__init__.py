@@ -2,10 +2,11 @@
 
 from fastpt.ops.adamw import adamw, grad_norm
 from fastpt.ops.attention import attention
+from fastpt.ops.bias_gelu import bias_gelu
 from fastpt.ops.decode import decode_block, decode_logits
 from fastpt.ops.embedding import embedding
 from fastpt.ops.geglu import geglu
-from fastpt.ops.layer_norm import layer_norm
+from fastpt.ops.layer_norm import add_layer_norm, layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastpt.ops.lora_linear import Layer, linear_group, lora_linear
 from fastpt.ops.rms_norm import add_rms_norm, rms_norm
@@ -17,8 +18,10 @@ __all__ = [
     "Layer",
     "TokenStats",
     "adamw",
+    "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "bias_gelu",
     "decode_block",
     "decode_logits",
     "embedding",

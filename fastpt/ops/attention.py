@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastpt.ops._dropout import drawn_seed, factors
 from fastpt.ops._library import Cost, nbytes, register
 
 # The raw ops' tail of arguments, in this order everywhere below.
@@ -75,6 +76,8 @@ def reference(
     window: int | None,
     softcap: float | None,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """out [Tq, Hq, K] and lse [Tq, Hq], one sequence at a time.
 
@@ -86,6 +89,8 @@ def reference(
         total = scores.logsumexp(-1)  # [Hkv, G, Tq]
         total = total.masked_fill(total == float("-inf"), float("inf"))
         weights = (scores - total[..., None]).exp()
+        if dropout_p > 0:
+            weights = weights * _kept(q, k, rows, weights, dropout_p, seed)
         out[rows] = torch.einsum("hgqk,khd->qhgd", weights, v[keys].to(weights.dtype)).flatten(1, 2).to(q.dtype)
         lse[rows] = total.permute(2, 0, 1).flatten(1)
     return out, lse
@@ -104,6 +109,8 @@ def reference_backward(
     window: int | None,
     softcap: float | None,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _empty_gradients(q, k, v)
     for rows, keys in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
@@ -113,13 +120,22 @@ def reference_backward(
         key, value = k[keys].to(dout.dtype), v[keys].to(dout.dtype)
         weights = (scores - _grouped(lse[rows], heads).permute(1, 2, 0)[..., None]).exp()
         delta = (dout * _grouped(out[rows], heads)).sum(-1).permute(1, 2, 0)[..., None]  # [Hkv, G, Tq, 1]
-        dscores = weights * (torch.einsum("qhgd,khd->hgqk", dout, value) - delta) * scale
+        dweights = torch.einsum("qhgd,khd->hgqk", dout, value)
+        kept = _kept(q, k, rows, weights, dropout_p, seed) if dropout_p > 0 else 1.0
+        dscores = weights * (dweights * kept - delta) * scale
         if slope is not None:
             dscores = dscores * slope
         dq[rows] = torch.einsum("hgqk,khd->qhgd", dscores, key).flatten(1, 2).to(q.dtype)
         dk[keys] = torch.einsum("hgqk,qhgd->khd", dscores, query).to(k.dtype)
-        dv[keys] = torch.einsum("hgqk,qhgd->khd", weights, dout).to(v.dtype)
+        dv[keys] = torch.einsum("hgqk,qhgd->khd", weights * kept, dout).to(v.dtype)
     return dq, dk, dv
+
+
+def _kept(q: Tensor, k: Tensor, rows: slice, weights: Tensor, dropout_p: float, seed: int) -> Tensor:
+    """What dropout multiplies the weights [Hkv, G, Tq, Tk] of one sequence by: row (token, head), column the key's place."""
+    heads, length = q.shape[1], weights.shape[-1]
+    drawn = factors(rows.stop * heads, length, dropout_p, seed, q.device)[rows.start * heads :]
+    return drawn.view(-1, k.shape[1], heads // k.shape[1], length).permute(1, 2, 0, 3).to(weights.dtype)
 
 
 def _empty_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
@@ -168,6 +184,36 @@ _backward = register(
     cost=_cost_backward,
 )
 
+# With dropout of the weights. Ops of their own: encoders use them in training, on short sequences, and their kernel is another.
+_dropout_forward = register(
+    f"attention_dropout(Tensor q, Tensor k, Tensor v, {_OPTIONS}, float dropout_p, int seed) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=_empty_outputs,
+    cost=lambda *args: _cost(*args[:-2]),
+)
+_dropout_backward = register(
+    "attention_dropout_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_OPTIONS}, float dropout_p, int seed) -> (Tensor, Tensor, Tensor)",
+    reference=reference_backward,
+    fake=lambda grad, q, k, v, *_: _empty_gradients(q, k, v),
+    cost=lambda *args: _cost_backward(*args[:-2]),
+)
+
+
+class _DroppedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, *options):
+        out, lse = _dropout_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        gradients = _dropout_backward(grad, *ctx.saved_tensors, *ctx.options)
+        return *gradients, None, None, *(None for _ in ctx.options)
+
 
 class _Attention(torch.autograd.Function):
     @staticmethod
@@ -194,12 +240,15 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
 ) -> Tensor:
     """Attention over packed sequences: softmax of the visible scores, times v.
 
     Shapes: q [Tq, Hq, K], k and v [Tk, Hkv, K] with Hq a multiple of Hkv, any strides (no copy while the last dim is
     contiguous) -> [Tq, Hq, K]. cu_seqlens int32 [N + 1]: sequence n is rows [cu[n], cu[n + 1]); None: one sequence,
     or for cu_seqlens_k: the same as cu_seqlens_q. Query i of a sequence stands at key i + (its Tk - its Tq).
+    dropout_p of the weights are dropped, by a hash of seed (by default one from torch's generator), query and key.
     causal: keys up to there. window: keys less than `window` away. softcap c: c tanh(score / c). scale: K ** -0.5.
     Numerics: scores, softmax and sums in float32; probabilities and their gradient enter the second product in q's
     dtype. A query that sees no key gets zeros. A token's output does not depend on its neighbours in the pack.
@@ -210,6 +259,13 @@ def attention(
         cu_seqlens_k = None
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, softcap, scale)
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    if not 0 <= dropout_p <= 1:
+        raise RuntimeError(f"attention: dropout_p is {dropout_p}; it must lie between 0 and 1")
+    if dropout_p > 0:
+        seed = drawn_seed(dropout_p) if seed is None else seed
+        return _DroppedAttention.apply(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale, dropout_p, seed
+        )
     return _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale)
 
 

@@ -1,0 +1,155 @@
+// Attention with dropout of its weights, one sequence and key head at a time: float32 copies in scratch, four queries
+// at once. For encoders in training, whose sequences are short; the scores of four queries are all that exists of [T,
+// T].
+
+// s [kQueries, n] = a [kQueries, K] · bᵀ, with bᵀ given as [K, n]; n a multiple of kLanes.
+FASTPT_INLINE void four_scores(int64_t n, int64_t K, const float* a, const float* b_t, float* s) {
+  for (int64_t j = 0; j < n; j += kLanes) {
+    float sum[kQueries][kLanes] = {};
+    for (int64_t d = 0; d < K; ++d) {
+      for (int64_t r = 0; r < kQueries; ++r) {
+#pragma omp simd
+        for (int64_t l = 0; l < kLanes; ++l) sum[r][l] += a[r * K + d] * b_t[d * n + j + l];
+      }
+    }
+    for (int64_t r = 0; r < kQueries; ++r) std::memcpy(s + r * n + j, sum[r], sizeof sum[r]);
+  }
+}
+
+// out [kQueries, K] = s [kQueries, n] · b [keys, K]; K a multiple of kLanes.
+FASTPT_INLINE void four_sums(int64_t n, int64_t keys, int64_t K, const float* s, const float* b, float* out) {
+  for (int64_t c = 0; c < K; c += kLanes) {
+    float sum[kQueries][kLanes] = {};
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t r = 0; r < kQueries; ++r) {
+#pragma omp simd
+        for (int64_t l = 0; l < kLanes; ++l) sum[r][l] += s[r * n + j] * b[j * K + c + l];
+      }
+    }
+    for (int64_t r = 0; r < kQueries; ++r) std::memcpy(out + r * K + c, sum[r], sizeof sum[r]);
+  }
+}
+
+// out [keys, K] += sᵀ [keys, kQueries] · a [kQueries, K].
+FASTPT_INLINE void add_outer(int64_t n, int64_t keys, int64_t K, const float* s, const float* a, float* out) {
+  for (int64_t j = 0; j < keys; ++j) {
+#pragma omp simd
+    for (int64_t d = 0; d < K; ++d) {
+      float sum = out[j * K + d];
+      for (int64_t r = 0; r < kQueries; ++r) sum += s[r * n + j] * a[r * K + d];
+      out[j * K + d] = sum;
+    }
+  }
+}
+
+// rows of one head in float32, `ld` apart in x, K_to wide in `to` with zeros behind; rows past `rows` are zeros.
+template <typename T>
+FASTPT_INLINE void widen(int64_t rows, int64_t padded, int64_t K, int64_t K_to, int64_t ld, const T* x, float* to) {
+  for (int64_t r = 0; r < padded; ++r) {
+    for (int64_t d = 0; d < K_to; ++d) to[r * K_to + d] = r < rows && d < K ? to_float(x[r * ld + d]) : 0.0f;
+  }
+}
+
+FASTPT_INLINE void transposed(int64_t n, int64_t K, const float* x, float* to) {  // [n, K] -> [K, n]
+  for (int64_t d = 0; d < K; ++d)
+    for (int64_t j = 0; j < n; ++j) to[d * n + j] = x[j * K + d];
+}
+
+template <typename T>
+void dropped_attention_head(const DroppedSequence& c, const T* q, const T* k, const T* v, T* out, float* lse,
+                            float* scratch) {
+  const int64_t n = c.n(), K = c.width(), ld_q = c.heads_q * c.K, ld_k = c.heads_kv * c.K;
+  float *values = scratch, *keys_t = values + n * K, *wide = keys_t + n * K, *query = wide + n * K,
+        *result = query + kQueries * K, *s = result + kQueries * K;
+  widen(c.keys, n, c.K, K, ld_k, k, wide);
+  transposed(n, K, wide, keys_t);
+  widen(c.keys, n, c.K, K, ld_k, v, values);
+  for (int64_t g = 0; g < c.group; ++g) {
+    for (int64_t i = 0; i < c.queries; i += kQueries) {
+      const int64_t rows = std::min(kQueries, c.queries - i);
+      widen(rows, kQueries, c.K, K, ld_q, q + i * ld_q + g * c.K, query);
+      four_scores(n, K, query, keys_t, s);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* w = s + r * n;
+        const int64_t lo = c.first_key(i + r), hi = c.end_key(i + r);
+        const uint32_t key = dropout_key(c.seed, c.first_row + (i + r) * c.heads_q + g);
+        float top = -std::numeric_limits<float>::infinity(), sum = 0.0f;
+        for (int64_t j = lo; j < hi; ++j) top = std::max(top, w[j] * c.scale);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = lo; j < hi; ++j) {
+          w[j] = exp_f(w[j] * c.scale - top);
+          sum += w[j];
+        }
+        const float inverse = hi > lo ? 1.0f / sum : 0.0f;
+#pragma omp simd
+        for (int64_t j = lo; j < hi; ++j) w[j] = dropped_out(w[j] * inverse, key, static_cast<uint32_t>(j), c.dropout);
+        std::fill(w, w + lo, 0.0f);
+        std::fill(w + hi, w + n, 0.0f);
+        lse[(i + r) * c.heads_q + g] = hi > lo ? top + std::log(sum) : std::numeric_limits<float>::infinity();
+      }
+      four_sums(n, c.keys, K, s, values, result);
+      for (int64_t r = 0; r < rows; ++r) {
+        T* to = out + (i + r) * ld_q + g * c.K;
+        for (int64_t d = 0; d < c.K; ++d) to[d] = from_float<T>(result[r * K + d]);
+      }
+    }
+  }
+}
+
+template <typename T>
+void dropped_attention_backward_head(const DroppedSequence& c, const T* grad, const T* q, const T* k, const T* v,
+                                     const float* lse, T* dq, T* dk, T* dv, float* scratch) {
+  const int64_t n = c.n(), K = c.width(), ld_q = c.heads_q * c.K, ld_k = c.heads_kv * c.K;
+  float *keys = scratch, *keys_t = keys + n * K, *values = keys_t + n * K, *values_t = values + n * K,
+        *dkeys = values_t + n * K, *dvalues = dkeys + n * K, *query = dvalues + n * K, *dout = query + kQueries * K,
+        *result = dout + kQueries * K, *s = result + kQueries * K, *dp = s + kQueries * n, *w = dp + kQueries * n;
+  widen(c.keys, n, c.K, K, ld_k, k, keys);
+  transposed(n, K, keys, keys_t);
+  widen(c.keys, n, c.K, K, ld_k, v, values);
+  transposed(n, K, values, values_t);
+  std::fill(dkeys, dkeys + 2 * n * K, 0.0f);
+  for (int64_t g = 0; g < c.group; ++g) {
+    for (int64_t i = 0; i < c.queries; i += kQueries) {
+      const int64_t rows = std::min(kQueries, c.queries - i), at = i * ld_q + g * c.K;
+      widen(rows, kQueries, c.K, K, ld_q, q + at, query);
+      widen(rows, kQueries, c.K, K, ld_q, grad + at, dout);
+      four_scores(n, K, query, keys_t, s);
+      four_scores(n, K, dout, values_t, dp);
+      for (int64_t r = 0; r < kQueries; ++r) {
+        float *score = s + r * n, *weight = w + r * n;
+        const int64_t lo = r < rows ? c.first_key(i + r) : 0, hi = r < rows ? c.end_key(i + r) : 0;
+        std::fill(score, score + lo, 0.0f);
+        std::fill(score + hi, score + n, 0.0f);
+        std::fill(weight, weight + lo, 0.0f);
+        std::fill(weight + hi, weight + n, 0.0f);
+        if (hi == lo) continue;
+        const uint32_t key = dropout_key(c.seed, c.first_row + (i + r) * c.heads_q + g);
+        const float total = lse[(i + r) * c.heads_q + g];
+        float* dweight = dp + r * n;
+        float delta = 0.0f;  // sum of weight times its gradient: closer than out times dout, both of which are rounded
+#pragma omp simd reduction(+ : delta)
+        for (int64_t j = lo; j < hi; ++j) {
+          const float p = exp_f(score[j] * c.scale - total);
+          const float kept = dropped_out(1.0f, key, static_cast<uint32_t>(j), c.dropout);
+          weight[j] = p * kept;
+          score[j] = p;
+          dweight[j] *= kept;
+          delta += p * dweight[j];
+        }
+#pragma omp simd
+        for (int64_t j = lo; j < hi; ++j) score[j] *= (dweight[j] - delta) * c.scale;
+      }
+      four_sums(n, c.keys, K, s, keys, result);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t d = 0; d < c.K; ++d) dq[at + r * ld_q + d] = from_float<T>(result[r * K + d]);
+      add_outer(n, c.keys, K, s, query, dkeys);
+      add_outer(n, c.keys, K, w, dout, dvalues);
+    }
+  }
+  for (int64_t j = 0; j < c.keys; ++j) {
+    for (int64_t d = 0; d < c.K; ++d) {
+      dk[j * ld_k + d] = from_float<T>(dkeys[j * K + d]);
+      dv[j * ld_k + d] = from_float<T>(dvalues[j * K + d]);
+    }
+  }
+}

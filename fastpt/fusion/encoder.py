@@ -1,0 +1,182 @@
+"""An encoder block as one autograd.Function: (qkv), attention, (output, dropout + add + norm), (MLP, dropout + add + norm).
+
+Forward saves what `Saved` lists and nothing else: no GEMM is run twice; norms and GELU are computed again in backward, and
+dropout's masks come from their seeds.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastpt.fusion.layout import Layout
+from fastpt.fusion.pieces import APPROXIMATIONS, Linears, product_dtype, raw
+
+
+class LayerNorm(NamedTuple):
+    """A layer norm over dropout(x) + residual."""
+
+    weight: Tensor | None  # [D]
+    bias: Tensor | None
+    eps: float
+    dropout_p: float = 0.0
+    seed: int = 0
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """norm(s) and, for backward, s = dropout(x) + residual, its means and 1 / standard deviations."""
+        return raw.add_layer_norm(x, residual, self.weight, self.bias, self.eps, self.dropout_p, self.seed)
+
+    def again(self, s: Tensor) -> Tensor:
+        """norm(s), from what was saved."""
+        return raw.layer_norm(s, self.weight, self.bias, self.eps)[0]
+
+    def backward(
+        self, grad: Tensor, s: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.dtype, wants: LayerNorm
+    ) -> tuple[Tensor, Tensor, LayerNorm]:
+        """The gradients of x (in its dtype) and of the residual, and the norm's own."""
+        dx, ds, dweight, dbias = raw.add_layer_norm_backward(
+            grad, None, s, mean, rstd, self.weight, dtype, self.dropout_p, self.seed,
+            bool(wants.weight), bool(wants.bias),
+        )  # fmt: skip
+        found = LayerNorm(dweight if wants.weight else None, dbias if wants.bias else None, None, None, None)  # type: ignore
+        has_dx = self.dropout_p > 0 or dtype != ds.dtype
+        return dx if has_dx else ds, ds, found
+
+
+class EncoderBlock(NamedTuple):
+    """The weights of a post-norm encoder block; the bias of `up` is added by the activation's kernel."""
+
+    qkv: Linears
+    output: Linears
+    norm: LayerNorm
+    up: Linears
+    up_bias: Tensor | None
+    activation: str
+    down: Linears
+    mlp_norm: LayerNorm
+
+
+class EncoderCall(NamedTuple):
+    """What one call is about, besides its tensors."""
+
+    layout: Layout
+    scale: float
+    head_dim: int
+    dropout_p: float = 0.0  # of the attention weights
+    seed: int = 0
+
+    @property
+    def options(self) -> tuple:
+        """The tail of the attention op's arguments."""
+        return self.layout.causal, self.layout.window, None, self.scale
+
+
+class Saved(NamedTuple):
+    """What backward needs. T tokens; D model, H heads, K head dim, I inner width."""
+
+    x: Tensor  # [T, D]
+    qkv_low: list[Tensor]  # [T, R] each: low-rank hiddens
+    q: Tensor  # [T, H, K]
+    k: Tensor
+    v: Tensor
+    attended: Tensor  # [T, H, K]
+    lse: Tensor  # [T, H]
+    output_low: list[Tensor]
+    norm: tuple[Tensor, ...]  # sum [T, D], mean and 1 / standard deviation [T]
+    up: Tensor  # [T, I], before bias and activation
+    up_low: list[Tensor]
+    down_low: list[Tensor]
+    mlp_norm: tuple[Tensor, ...]
+
+
+def encoder_block(hidden: Tensor, block: EncoderBlock, call: EncoderCall) -> Tensor:
+    """hidden [B, S, D] through the block."""
+    leaves, spec = tree_flatten(block)
+    return _EncoderBlock.apply(hidden.reshape(-1, hidden.shape[-1]), call, spec, *leaves).view(hidden.shape)
+
+
+class _EncoderBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, call, spec, *leaves):
+        w: EncoderBlock = tree_unflatten(leaves, spec)
+        products = product_dtype(x.dtype, x.device)
+        (q, k, v), qkv_low = w.qkv.forward(x.to(products))
+        q, k, v = (part.unflatten(-1, (-1, call.head_dim)) for part in (q, k, v))
+        attended, heads = _attend(q, k, v, call)
+        (y,), output_low = w.output.forward(attended.flatten(1))
+        y, *norm = w.norm.forward(y, x)
+        (up,), up_low = w.up.forward(y.to(products))
+        (out,), down_low = w.down.forward(raw.bias_gelu(up, w.up_bias, APPROXIMATIONS[w.activation]))
+        out, *mlp_norm = w.mlp_norm.forward(out, y)
+        saved = Saved(x, qkv_low, *heads, output_low, tuple(norm), up, up_low, down_low, tuple(mlp_norm))
+        kept, ctx.saved_spec = tree_flatten(saved)
+        ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        ctx.others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        ctx.call, ctx.spec, ctx.count = call, spec, len(kept)
+        ctx.save_for_backward(*kept, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        saved_tensors = ctx.saved_tensors  # once: checkpointing unpacks each time
+        tensors, others = iter(saved_tensors[ctx.count :]), iter(ctx.others)
+        w = tree_unflatten([next(tensors if is_one else others) for is_one in ctx.is_tensor], ctx.spec)
+        wants_x, wants = ctx.needs_input_grad[0], tree_unflatten(list(ctx.needs_input_grad[3:]), ctx.spec)
+        saved: Saved = tree_unflatten(list(saved_tensors[: ctx.count]), ctx.saved_spec)
+        dx, found = _backward(grad, w, saved, wants, ctx.call, wants_x)
+        return dx if wants_x else None, None, None, *tree_flatten(found)[0]
+
+
+def _backward(
+    grad: Tensor, w: EncoderBlock, saved: Saved, wants: EncoderBlock, call: EncoderCall, wants_x: bool
+) -> tuple[Tensor, EncoderBlock]:
+    products, form = saved.q.dtype, APPROXIMATIONS[w.activation]
+    dout, dy, mlp_norm = w.mlp_norm.backward(grad.to(saved.x.dtype), *saved.mlp_norm, products, wants.mlp_norm)  # type: ignore
+    dinner, down = w.down.backward([dout], raw.bias_gelu(saved.up, w.up_bias, form), saved.down_low, wants.down)
+    dup, dup_bias = raw.bias_gelu_backward(dinner, saved.up, w.up_bias, form, bool(wants.up_bias))
+    y = w.norm.again(saved.norm[0]).to(products)
+    dy_mlp, up = w.up.backward([dup], y, saved.up_low, wants.up)
+    dout, dx, norm = w.norm.backward(dy.add_(dy_mlp), *saved.norm, products, wants.norm)  # type: ignore
+    dattended, output = w.output.backward([dout], saved.attended.flatten(1), saved.output_low, wants.output)
+    grads = _attend_backward(dattended.unflatten(1, (-1, call.head_dim)), saved, call)
+    dx_heads, qkv = w.qkv.backward(
+        [g.flatten(1) for g in grads], saved.x.to(products), saved.qkv_low, wants.qkv, wants_x
+    )
+    found = EncoderBlock(qkv, output, norm, up, dup_bias if wants.up_bias else None, None, down, mlp_norm)  # type: ignore
+    return dx.add_(dx_heads) if wants_x else dx, found
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, call: EncoderCall) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Attention over the flattened tokens of a layout, zero at queries left out: [T, H, K], and what to save."""
+    queries, keys, cu_seqlens_q, cu_seqlens_k = call.layout.spans
+    tokens = q.shape[0]
+    k, v = (t if keys is None else t.index_select(0, keys) for t in (k, v))
+    q = q if queries is None else q.index_select(0, queries)
+    if call.dropout_p > 0:
+        dropout = call.dropout_p, call.seed
+        out, lse = raw.attention_dropout(q, k, v, cu_seqlens_q, cu_seqlens_k, *call.options, *dropout)
+    else:
+        out, lse = raw.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *call.options)
+    out = _scattered(out, queries, tokens)
+    return out, (q, k, v, out, lse)
+
+
+def _attend_backward(grad: Tensor, saved: Saved, call: EncoderCall) -> tuple[Tensor, Tensor, Tensor]:
+    queries, keys, cu_seqlens_q, cu_seqlens_k = call.layout.spans
+    tokens, out = grad.shape[0], saved.attended
+    if queries is not None:
+        grad, out = grad.index_select(0, queries), out.index_select(0, queries)
+    parts = grad, saved.q, saved.k, saved.v, out, saved.lse, cu_seqlens_q, cu_seqlens_k
+    if call.dropout_p > 0:
+        dq, dk, dv = raw.attention_dropout_backward(*parts, *call.options, call.dropout_p, call.seed)
+    else:
+        dq, dk, dv = raw.attention_backward(*parts, *call.options)
+    return _scattered(dq, queries, tokens), _scattered(dk, keys, tokens), _scattered(dv, keys, tokens)
+
+
+def _scattered(x: Tensor, index: Tensor | None, tokens: int) -> Tensor:
+    return x if index is None else x.new_zeros(tokens, *x.shape[1:]).index_copy_(0, index, x)
