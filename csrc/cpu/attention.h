@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -16,6 +15,7 @@
 #include <ATen/Parallel.h>
 
 #include "cpu/gemm.h"
+#include "cpu/tasks.h"
 
 namespace fastpt {
 
@@ -143,17 +143,6 @@ struct Arena {
     return reinterpret_cast<T*>(piece);
   }
 };
-
-// Runs body(worker, task) once for each task; the next free thread takes the next task, so unequal tasks balance.
-// Tasks must not share what they write: then the results do not depend on who runs what.
-template <typename Body>
-void for_each_task(int64_t tasks, const Body& body) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t task = next++; task < tasks; task = next++) body(worker, task);
-  });
-}
 
 // X^T of one panel, from rows of X [rows, dim]: words [dim, padded(rows)], zero from `rows` on. The last rows are
 // padded first: a whole block of kStep is transposed in registers, a part of one element by element.

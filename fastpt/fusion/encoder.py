@@ -111,7 +111,7 @@ class _EncoderBlock(torch.autograd.Function):
         (up,), up_low = w.up.forward(y.to(products))
         (out,), down_low = w.down.forward(raw.bias_gelu(up, w.up_bias, APPROXIMATIONS[w.activation]))
         out, *mlp_norm = w.mlp_norm.forward(out, y)
-        saved = Saved(x, qkv_low, *heads, output_low, tuple(norm), up, up_low, down_low, tuple(mlp_norm))
+        saved = Saved._make((x, qkv_low, *heads, output_low, tuple(norm), up, up_low, down_low, tuple(mlp_norm)))
         kept, ctx.saved_spec = tree_flatten(saved)
         ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         ctx.others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]

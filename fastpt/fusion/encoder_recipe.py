@@ -265,8 +265,9 @@ def stack_of(module: nn.Module, path: str, recipes: dict[str, Any]) -> tuple[str
     if type(blocks) is not nn.ModuleList or not len(blocks):
         return None
     inside = f"{path}.{name}." if path else f"{name}."
-    found = tuple(recipes.get(f"{inside}{i}") for i in range(len(blocks)))
-    return (name, found) if all(isinstance(recipe, EncoderRecipe) for recipe in found) else None
+    listed = [recipes.get(f"{inside}{i}") for i in range(len(blocks))]
+    found = tuple(recipe for recipe in listed if isinstance(recipe, EncoderRecipe))
+    return (name, found) if len(found) == len(listed) else None
 
 
 def stack_forward(name: str, recipes: tuple[EncoderRecipe, ...], patch: Patch) -> Callable:
