@@ -1,6 +1,7 @@
-// attention forward for float and bfloat16: packs k and v once, then each (query block, head) walks its panels of keys
-// with an online softmax. The definition is fastpt/ops/attention.py; what is shared with backward, and the layout,
-// attention.h.
+// attention forward for float and bfloat16: a unit of work packs k and v of one key head, then each query block of
+// each query head that shares it walks its panels of keys with an online softmax. The definition is
+// fastpt/ops/attention.py; what is shared with backward, and the layout, attention.h.
+#include <numeric>
 #include <tuple>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -23,14 +24,6 @@ std::vector<int64_t> bounds(const std::optional<at::Tensor>& cu_seqlens, int64_t
   TORCH_CHECK(b.front() == 0 && b.back() == tokens && std::is_sorted(b.begin(), b.end()), "attention: ", name, " is ",
               at::IntArrayRef(b), "; it must rise from 0 to the ", tokens, " tokens of its tensor");
   return b;
-}
-
-std::vector<Block> blocks(const std::vector<Sequence>& sequences, int64_t Sequence::* length, int64_t size) {
-  std::vector<Block> found;
-  for (size_t i = 0; i < sequences.size(); ++i)
-    for (int64_t first = 0; first < sequences[i].*length; first += size)
-      found.push_back({static_cast<int64_t>(i), first, std::min(size, sequences[i].*length - first)});
-  return found;
 }
 
 }  // namespace
@@ -62,12 +55,43 @@ AttentionPlan::AttentionPlan(const at::Tensor& q, const at::Tensor& k, const at:
   }
 }
 
-std::vector<Block> AttentionPlan::query_blocks() const {
-  return blocks(sequences, &Sequence::queries, kQueries);
+namespace {
+
+int64_t block_cost(const AttentionPlan& plan, const Sequence& s, int64_t first) {
+  const int64_t last = std::min(s.queries, first + kQueries) - 1;
+  return kStep + std::max<int64_t>(plan.end_key(s, last) - plan.first_key(s, first), 0);
 }
 
-std::vector<Block> AttentionPlan::key_blocks() const {
-  return blocks(sequences, &Sequence::keys, kPanel);
+}  // namespace
+
+Division::Division(const AttentionPlan& plan, int64_t threads) {
+  std::vector<int64_t> costs;  // of one query head of each sequence
+  for (const Sequence& s : plan.sequences) {
+    int64_t cost = 0;
+    for (int64_t first = 0; first < s.queries; first += kQueries) cost += block_cost(plan, s, first);
+    costs.push_back(cost);
+  }
+  const int64_t total = std::accumulate(costs.begin(), costs.end(), int64_t{0}) * plan.heads_q;
+  const int64_t limit = threads == 1 ? total : total / (4 * threads);  // 4 units a thread balance to a few per cent
+  for (int64_t i = 0; i < static_cast<int64_t>(costs.size()); ++i) {
+    const Sequence& s = plan.sequences[i];
+    const int64_t items = (s.queries + kQueries - 1) / kQueries * plan.group, cost = costs[i] * plan.group;
+    const int64_t n = std::clamp((cost + limit) / (limit + 1), int64_t{1}, std::max(items, int64_t{1}));
+    for (int64_t head = 0; head < plan.heads_kv; ++head) {
+      if (n > 1) splits.push_back({i, head, parts, n});
+      int64_t done = 0, item = 0;
+      for (int64_t part = 0; part < n; ++part) {
+        Unit unit{i, head, item, item, done, n > 1 ? parts++ : -1};
+        for (; item < items && (part + 1 == n || done * n < cost * (part + 1)); ++item)
+          done += block_cost(plan, s, item / plan.group * kQueries);
+        unit.end = item, unit.cost = done - unit.cost;
+        units.push_back(unit);
+      }
+    }
+  }
+  std::stable_sort(units.begin(), units.end(), [](auto& a, auto& b) { return a.cost > b.cost; });
+  for (const Split& split : splits)
+    plan.for_each_panel(split.sequence, [&](const Block& block) { split_blocks.emplace_back(split, block); });
 }
 
 at::Tensor attention_input(const at::Tensor& t) {
@@ -77,12 +101,16 @@ at::Tensor attention_input(const at::Tensor& t) {
 
 namespace {
 
+template <typename T>
 struct ForwardState {
+  T *packed_k, *packed_v;
   float *max, *sum, *out;
   int64_t bytes;
 
-  ForwardState(Arena arena, int64_t columns)
-      : max(arena.take<float>(kQueries)),
+  ForwardState(Arena arena, int64_t columns, int64_t longest)
+      : packed_k(arena.take<T>(longest * columns)),
+        packed_v(arena.take<T>(longest * columns)),
+        max(arena.take<float>(kQueries)),
         sum(arena.take<float>(kQueries * kStep)),
         out(arena.take<float>(kQueries * columns)),
         bytes(arena.used) {}
@@ -94,20 +122,25 @@ struct Forward {
   Heads<const T> q, k, v;
   Heads<T> out;
   float* lse;
-  T *packed_k, *packed_v;  // each [heads_kv, packed_keys, columns]: k by panels for the lanes, v for the sum over keys
+  T* shared;  // [2, heads_kv, packed_keys, columns]: the packed keys of heads that several units share
 
-  int64_t packed_at(const Sequence& s, int64_t head) const {
-    return (head * plan.packed_keys + s.packed_key0) * plan.columns;
+  // Packed k and v of one head of a sequence, each [padded keys, columns]: k by panels for the lanes, v for the sum
+  // over keys.
+  struct Packed {
+    T *k, *v;
+  };
+  Packed shared_keys(int64_t sequence, int64_t head) const {
+    T* k = shared + (head * plan.packed_keys + plan.sequences[sequence].packed_key0) * plan.columns;
+    return {k, k + plan.heads_kv * plan.packed_keys * plan.columns};
   }
 
-  void pack(const Block& block, int64_t head) const {
-    const Sequence& s = plan.sequences[block.sequence];
-    const int64_t token = s.key0 + block.first, at = packed_at(s, head) + block.first * plan.columns;
-    pack_lanes(block.rows, plan.dim, k.token, k.at(token, head), packed_k + at);
-    pack_pairs(block.rows, plan.dim, plan.columns, v.token, v.at(token, head), packed_v + at);
+  void pack(const Block& block, int64_t head, const Packed& to) const {
+    const int64_t token = plan.sequences[block.sequence].key0 + block.first, at = block.first * plan.columns;
+    pack_lanes(block.rows, plan.dim, k.token, k.at(token, head), to.k + at);
+    pack_pairs(block.rows, plan.dim, plan.columns, v.token, v.at(token, head), to.v + at);
   }
 
-  void block(const Block& block, int64_t head, const ForwardState& state) const {
+  void block(const Block& block, int64_t head, const Packed& keys, const ForwardState<T>& state) const {
     const Sequence& s = plan.sequences[block.sequence];
     const int64_t token = s.query0 + block.first;
     std::fill_n(state.max, kQueries, std::numeric_limits<float>::lowest());
@@ -119,9 +152,9 @@ struct Forward {
     panel.scale = plan.remaining_scale(), panel.softcap = plan.softcap, panel.inner = plan.scale / plan.softcap;
     panel.max = state.max, panel.sum = state.sum, panel.out = state.out;
     const auto run = FASTPT_BY_ISA(attention_forward_panel<T>);
-    const int64_t end = plan.end_key(s, block.first + block.rows - 1), at = packed_at(s, head / plan.group);
+    const int64_t end = plan.end_key(s, block.first + block.rows - 1);
     for (int64_t key = plan.first_key(s, block.first); key < end; key += kPanel) {
-      panel.k = packed_k + at + key * plan.columns, panel.v = packed_v + at + key * plan.columns;
+      panel.k = keys.k + key * plan.columns, panel.v = keys.v + key * plan.columns;
       panel.seen = plan.visible(block, key);
       panel.width = padded(panel.seen.lanes);
       run(panel, block.rows);
@@ -130,17 +163,24 @@ struct Forward {
     (panel, block.rows, out.at(token, head), out.token, lse + token * plan.heads_q + head, plan.heads_q);
   }
 
-  void run(const at::TensorOptions& options) const {
-    const auto key_blocks = plan.key_blocks(), query_blocks = plan.query_blocks();
-    const int64_t n_keys = key_blocks.size(), n_queries = query_blocks.size();
-    for_each_task(plan.heads_kv * n_keys,
-                  [&](int64_t, int64_t task) { pack(key_blocks[task % n_keys], task / n_keys); });
-    const int64_t bytes = ForwardState(Arena{nullptr}, plan.columns).bytes;
+  void unit(const Unit& unit, const ForwardState<T>& state) const {
+    const bool is_alone = unit.part < 0;
+    const Packed keys = is_alone ? Packed{state.packed_k, state.packed_v} : shared_keys(unit.sequence, unit.head);
+    if (is_alone) plan.for_each_panel(unit.sequence, [&](const Block& block) { pack(block, unit.head, keys); });
+    for (int64_t item = unit.begin; item < unit.end; ++item)
+      block(plan.query_block(unit, item), plan.query_head(unit, item), keys, state);
+  }
+
+  void run(const at::TensorOptions& options, const Division& division) const {
+    for_each_task(division.split_blocks.size(), [&](int64_t, int64_t task) {
+      const auto& [split, block] = division.split_blocks[task];
+      pack(block, split.head, shared_keys(split.sequence, split.head));
+    });
+    const int64_t bytes = ForwardState<T>(Arena{nullptr}, plan.columns, plan.longest).bytes;
     auto scratch = at::empty({at::get_num_threads(), bytes}, options.dtype(at::kByte));
     char* base = static_cast<char*>(scratch.mutable_data_ptr());
-    for_each_task(plan.heads_q * n_queries, [&](int64_t worker, int64_t task) {
-      const Block& longest_first = query_blocks[n_queries - 1 - task % n_queries];
-      block(longest_first, task / n_queries, ForwardState(Arena{base + worker * bytes}, plan.columns));
+    for_each_task(division.units.size(), [&](int64_t worker, int64_t task) {
+      unit(division.units[task], ForwardState<T>(Arena{base + worker * bytes}, plan.columns, plan.longest));
     });
   }
 };
@@ -156,13 +196,17 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   const AttentionPlan plan(qi, ki, vi, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale);
   auto out = at::empty(qi.sizes(), q.options());
   auto lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
-  auto packed = at::empty({2, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
+  const Division division(plan, at::get_num_threads());
+  auto shared = at::empty({division.parts > 0 ? 2 : 0, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
   by_dtype(q, [&]<typename T>() {
-    T* p = packed.mutable_data_ptr<T>();
-    const Forward<T> forward{
-        plan, Heads<const T>(qi),  Heads<const T>(ki), Heads<const T>(vi), Heads<T>(out), lse.mutable_data_ptr<float>(),
-        p,    p + packed.stride(0)};
-    forward.run(q.options());
+    const Forward<T> forward{plan,
+                             Heads<const T>(qi),
+                             Heads<const T>(ki),
+                             Heads<const T>(vi),
+                             Heads<T>(out),
+                             lse.mutable_data_ptr<float>(),
+                             shared.mutable_data_ptr<T>()};
+    forward.run(q.options(), division);
   });
   return {attention_output(out, q.size(2)), lse};
 }

@@ -10,6 +10,7 @@
 #include <limits>
 #include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
@@ -46,6 +47,19 @@ struct Visible {
   int64_t last(int64_t r) const { return std::clamp(end + r, int64_t{0}, lanes); }
 };
 
+// A unit of work: items [begin, end) of a (sequence, key head), item i being query head i % group of query block i /
+// group. It packs the keys for itself, which then stay in its caches, unless the head is split among several.
+struct Unit {
+  int64_t sequence, head, begin, end;
+  int64_t cost;  // in keys
+  int64_t part;  // counts the parts of all split heads; -1: a unit that has the key head to itself
+};
+
+// Where a split (sequence, key head) finds its parts.
+struct Split {
+  int64_t sequence, head, first_part, parts;
+};
+
 // Everything about a call but the data.
 struct AttentionPlan {
   int64_t heads_q, heads_kv, group;  // group: query heads per key head
@@ -76,8 +90,17 @@ struct AttentionPlan {
   // What scores are multiplied by in the exponent: all that softcap has left to do.
   float remaining_scale() const { return softcap > 0 ? 1.0f : scale; }
 
-  std::vector<Block> query_blocks() const;
-  std::vector<Block> key_blocks() const;
+  // Calls body(block) for each panel of keys of a sequence.
+  template <typename Body>
+  void for_each_panel(int64_t sequence, const Body& body) const {
+    const int64_t keys = sequences[sequence].keys;
+    for (int64_t first = 0; first < keys; first += kPanel) body(Block{sequence, first, std::min(kPanel, keys - first)});
+  }
+  Block query_block(const Unit& unit, int64_t item) const {
+    const int64_t first = item / group * kQueries;
+    return {unit.sequence, first, std::min(kQueries, sequences[unit.sequence].queries - first)};
+  }
+  int64_t query_head(const Unit& unit, int64_t item) const { return unit.head * group + item % group; }
 };
 
 // What the kernels are given: pointers to the first row of a block and the first key of a panel.
@@ -105,6 +128,15 @@ struct BackwardPanel {
   const float *lse, *delta;     // [rows]
   T *weights, *dscores;         // scratch: words [rows, kPanel]
   float *dq, *dk, *dv;          // [rows, columns], [keys, columns] twice
+};
+
+struct Division {
+  std::vector<Unit> units;  // the longest first
+  std::vector<Split> splits;
+  std::vector<std::pair<Split, Block>> split_blocks;  // and their blocks of keys
+  int64_t parts = 0;
+
+  Division(const AttentionPlan& plan, int64_t threads);
 };
 
 // A tensor [tokens, heads, dim] with contiguous last dim, as attention_input() makes it.

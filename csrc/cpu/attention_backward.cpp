@@ -3,7 +3,6 @@
 // sequence and walks query blocks of all query heads that share it, forming each block's dq on the way. Few heads on
 // many threads: units split a head's query blocks and their sums are added up afterwards, in order. No atomics, so the
 // same each time.
-#include <numeric>
 #include <tuple>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -17,62 +16,9 @@
 namespace fastpt {
 namespace {
 
-// Items [begin, end) of a (sequence, key head); item i is query head i % group of query block i / group.
-struct Unit {
-  int64_t sequence, head, begin, end;
-  int64_t cost;  // in keys
-  int64_t part;  // which of the split sums it fills, from -1: a unit that has the key head to itself
-};
-
-// Where a split (sequence, key head) finds its parts.
-struct Split {
-  int64_t sequence, head, first_part, parts;
-};
-
-struct Division {
-  std::vector<Unit> units;
-  std::vector<Split> splits;
-  int64_t parts = 0;
-};
-
-int64_t block_cost(const AttentionPlan& plan, const Sequence& s, int64_t first) {
-  const int64_t last = std::min(s.queries, first + kQueries) - 1;
-  return kStep + std::max<int64_t>(plan.end_key(s, last) - plan.first_key(s, first), 0);
-}
-
-Division divide(const AttentionPlan& plan, int64_t threads) {
-  std::vector<int64_t> costs;  // of one query head of each sequence
-  for (const Sequence& s : plan.sequences) {
-    int64_t cost = 0;
-    for (int64_t first = 0; first < s.queries; first += kQueries) cost += block_cost(plan, s, first);
-    costs.push_back(cost);
-  }
-  const int64_t total = std::accumulate(costs.begin(), costs.end(), int64_t{0}) * plan.heads_q;
-  const int64_t limit = threads == 1 ? total : total / (4 * threads);  // 4 units a thread balance to a few per cent
-  Division division;
-  for (int64_t i = 0; i < static_cast<int64_t>(costs.size()); ++i) {
-    const Sequence& s = plan.sequences[i];
-    const int64_t items = (s.queries + kQueries - 1) / kQueries * plan.group, cost = costs[i] * plan.group;
-    const int64_t parts = std::clamp((cost + limit) / (limit + 1), int64_t{1}, std::max(items, int64_t{1}));
-    for (int64_t head = 0; head < plan.heads_kv; ++head) {
-      if (parts > 1) division.splits.push_back({i, head, division.parts, parts});
-      int64_t done = 0, item = 0;
-      for (int64_t part = 0; part < parts; ++part) {
-        Unit unit{i, head, item, item, done, parts > 1 ? division.parts++ : -1};
-        for (; item < items && (part + 1 == parts || done * parts < cost * (part + 1)); ++item)
-          done += block_cost(plan, s, item / plan.group * kQueries);
-        unit.end = item, unit.cost = done - unit.cost;
-        division.units.push_back(unit);
-      }
-    }
-  }
-  std::stable_sort(division.units.begin(), division.units.end(), [](auto& a, auto& b) { return a.cost > b.cost; });
-  return division;
-}
-
 template <typename T>
 struct BackwardState {
-  T *q_pairs, *dout_pairs, *weights, *dscores;
+  T *q_pairs, *dout_pairs, *weights, *dscores, *packed_k, *packed_v, *k_pairs;
   float *dq, *lse, *delta, *dk, *dv;
   int64_t bytes;
 
@@ -81,6 +27,9 @@ struct BackwardState {
         dout_pairs(arena.take<T>(kQueries * columns)),
         weights(arena.take<T>(kQueries * kPanel)),
         dscores(arena.take<T>(kQueries * kPanel)),
+        packed_k(arena.take<T>(longest * columns)),
+        packed_v(arena.take<T>(longest * columns)),
+        k_pairs(arena.take<T>(longest * columns)),
         dq(arena.take<float>(kQueries * columns)),
         lse(arena.take<float>(kQueries)),
         delta(arena.take<float>(kQueries)),
@@ -95,18 +44,24 @@ struct Backward {
   Heads<const T> grad, q, k, v, out;
   const float* lse;
   Heads<T> dq, dk, dv;
-  T *packed_k, *packed_v, *k_pairs;  // each [heads_kv, packed_keys, columns]: two by panels, one for the sum over keys
+  T* shared;  // [3, heads_kv, packed_keys, columns]: the packed keys of heads that several units share
 
-  int64_t packed_at(const Sequence& s, int64_t head) const {
-    return (head * plan.packed_keys + s.packed_key0) * plan.columns;
+  // One head of a sequence packed, each [padded keys, columns]: k and v by panels for the lanes, k for the sum over
+  // keys.
+  struct Packed {
+    T *k, *v, *k_pairs;
+  };
+  Packed shared_keys(int64_t sequence, int64_t head) const {
+    const int64_t stride = plan.heads_kv * plan.packed_keys * plan.columns;
+    T* k = shared + (head * plan.packed_keys + plan.sequences[sequence].packed_key0) * plan.columns;
+    return {k, k + stride, k + 2 * stride};
   }
 
-  void pack(const Block& block, int64_t head) const {
-    const Sequence& s = plan.sequences[block.sequence];
-    const int64_t token = s.key0 + block.first, at = packed_at(s, head) + block.first * plan.columns;
-    pack_lanes(block.rows, plan.dim, k.token, k.at(token, head), packed_k + at);
-    pack_lanes(block.rows, plan.dim, v.token, v.at(token, head), packed_v + at);
-    pack_pairs(block.rows, plan.dim, plan.columns, k.token, k.at(token, head), k_pairs + at);
+  void pack(const Block& block, int64_t head, const Packed& to) const {
+    const int64_t token = plan.sequences[block.sequence].key0 + block.first, at = block.first * plan.columns;
+    pack_lanes(block.rows, plan.dim, k.token, k.at(token, head), to.k + at);
+    pack_lanes(block.rows, plan.dim, v.token, v.at(token, head), to.v + at);
+    pack_pairs(block.rows, plan.dim, plan.columns, k.token, k.at(token, head), to.k_pairs + at);
   }
 
   // What does not depend on the keys: q and dout for sums over queries, lse, and delta = rowsum(dout * out).
@@ -129,15 +84,16 @@ struct Backward {
   }
 
   // Adds to dk_sum and dv_sum [keys, columns] what one block of queries of one head gives, and stores its dq.
-  void block(const Block& block, int64_t head, float* dk_sum, float* dv_sum, const BackwardState<T>& state) const {
+  void block(const Block& block, int64_t head, float* dk_sum, float* dv_sum, const Packed& keys,
+             const BackwardState<T>& state) const {
     const Sequence& s = plan.sequences[block.sequence];
-    const int64_t token = s.query0 + block.first, at = packed_at(s, head / plan.group);
+    const int64_t token = s.query0 + block.first;
     const auto run = FASTPT_BY_ISA(attention_backward_panel<T>);
     BackwardPanel<T> p = load(block, token, head, state);
     const int64_t end = plan.end_key(s, block.first + block.rows - 1);
     for (int64_t key = plan.first_key(s, block.first); key < end; key += kPanel) {
       const int64_t offset = key * plan.columns;
-      p.k = packed_k + at + offset, p.v = packed_v + at + offset, p.k_pairs = k_pairs + at + offset;
+      p.k = keys.k + offset, p.v = keys.v + offset, p.k_pairs = keys.k_pairs + offset;
       p.dk = dk_sum + offset, p.dv = dv_sum + offset;
       p.seen = plan.visible(block, key);
       p.width = padded(p.seen.lanes);
@@ -163,10 +119,11 @@ struct Backward {
     float* dv_sum = unit.part < 0 ? state.dv : dk_sum + stride;
     std::fill_n(dk_sum, s.keys * plan.columns, 0.0f);
     std::fill_n(dv_sum, s.keys * plan.columns, 0.0f);
-    for (int64_t item = unit.begin; item < unit.end; ++item) {
-      const int64_t first = item / plan.group * kQueries, head = unit.head * plan.group + item % plan.group;
-      block({unit.sequence, first, std::min(kQueries, s.queries - first)}, head, dk_sum, dv_sum, state);
-    }
+    const Packed keys =
+        unit.part < 0 ? Packed{state.packed_k, state.packed_v, state.k_pairs} : shared_keys(unit.sequence, unit.head);
+    if (unit.part < 0) plan.for_each_panel(unit.sequence, [&](const Block& block) { pack(block, unit.head, keys); });
+    for (int64_t item = unit.begin; item < unit.end; ++item)
+      block(plan.query_block(unit, item), plan.query_head(unit, item), dk_sum, dv_sum, keys, state);
     if (unit.part < 0) store_keys(unit.sequence, 0, s.keys, unit.head, dk_sum, dv_sum);
   }
 
@@ -182,21 +139,19 @@ struct Backward {
   }
 
   void run(const at::TensorOptions& options, float* sums, const Division& division) const {
-    const auto key_blocks = plan.key_blocks();
-    const int64_t n_keys = key_blocks.size();
-    for_each_task(plan.heads_kv * n_keys,
-                  [&](int64_t, int64_t task) { pack(key_blocks[task % n_keys], task / n_keys); });
+    const auto& split_blocks = division.split_blocks;
+    for_each_task(split_blocks.size(), [&](int64_t, int64_t task) {
+      const auto& [split, block] = split_blocks[task];
+      pack(block, split.head, shared_keys(split.sequence, split.head));
+    });
     const int64_t bytes = BackwardState<T>(Arena{nullptr}, plan.columns, plan.longest).bytes;
     auto scratch = at::empty({at::get_num_threads(), bytes}, options.dtype(at::kByte));
     char* base = static_cast<char*>(scratch.mutable_data_ptr());
     for_each_task(division.units.size(), [&](int64_t worker, int64_t task) {
       unit(division.units[task], sums, BackwardState<T>(Arena{base + worker * bytes}, plan.columns, plan.longest));
     });
-    std::vector<std::pair<Split, Block>> joins;
-    for (const Split& split : division.splits)
-      for (const Block& block : key_blocks)
-        if (block.sequence == split.sequence) joins.emplace_back(split, block);
-    for_each_task(joins.size(), [&](int64_t, int64_t task) { join(joins[task].first, joins[task].second, sums); });
+    for_each_task(split_blocks.size(),
+                  [&](int64_t, int64_t task) { join(split_blocks[task].first, split_blocks[task].second, sums); });
   }
 };
 
@@ -217,11 +172,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
               q.sizes());
   auto dq = at::empty(qi.sizes(), q.options()), dk = at::empty(ki.sizes(), k.options());
   auto dv = at::empty(ki.sizes(), v.options());
-  const Division division = divide(plan, at::get_num_threads());
+  const Division division(plan, at::get_num_threads());
   auto sums = at::empty({division.parts, 2, plan.longest, plan.columns}, q.options().dtype(at::kFloat));
-  auto packed = at::empty({3, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
+  auto shared = at::empty({division.parts > 0 ? 3 : 0, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
   by_dtype(q, [&]<typename T>() {
-    T* p = packed.mutable_data_ptr<T>();
     const Backward<T> backward{plan,
                                Heads<const T>(gi),
                                Heads<const T>(qi),
@@ -232,9 +186,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
                                Heads<T>(dq),
                                Heads<T>(dk),
                                Heads<T>(dv),
-                               p,
-                               p + packed.stride(0),
-                               p + 2 * packed.stride(0)};
+                               shared.mutable_data_ptr<T>()};
     backward.run(q.options(), sums.mutable_data_ptr<float>(), division);
   });
   return {attention_output(dq, q.size(2)), attention_output(dk, q.size(2)), attention_output(dv, q.size(2))};
