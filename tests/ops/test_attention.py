@@ -146,6 +146,15 @@ def test_large_scores(dtype):
     check([(q.detach() * 30).requires_grad_(), k, v], dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_rise_and_fall_along_the_keys(dtype):
+    """The running maximum is raised by a later panel of keys, or is far above all that follow."""
+    q, k, v = inputs(300, 2, 1, 32)
+    for slope in (torch.linspace(0, 30, 300), torch.linspace(30, 0, 300)):
+        rising = q.detach().abs(), k.detach().abs() * slope[:, None, None] / 20, v
+        check([x.detach().requires_grad_() for x in rising], dtype=dtype, causal=False)
+
+
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
 def test_subsets_of_requires_grad(wanted):
     qkv = [x.detach().requires_grad_(w) for x, w in zip(inputs(70, 4, 2, 16), wanted, strict=True)]
