@@ -42,17 +42,32 @@ FASTPT_INLINE void add_outer(int64_t n, int64_t keys, int64_t K, const float* s,
   }
 }
 
-// rows of one head in float32, `ld` apart in x, K_to wide in `to` with zeros behind; rows past `rows` are zeros.
+// `rows` rows of one head in float32, `ld` apart in x, padded with zeros to [padded, width].
 template <typename T>
-FASTPT_INLINE void widen(int64_t rows, int64_t padded, int64_t K, int64_t K_to, int64_t ld, const T* x, float* to) {
-  for (int64_t r = 0; r < padded; ++r) {
-    for (int64_t d = 0; d < K_to; ++d) to[r * K_to + d] = r < rows && d < K ? to_float(x[r * ld + d]) : 0.0f;
+FASTPT_INLINE void widen(int64_t rows, int64_t padded, int64_t K, int64_t width, int64_t ld, const T* x, float* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+    for (int64_t d = 0; d < K; ++d) to[r * width + d] = to_float(x[r * ld + d]);
+    for (int64_t d = K; d < width; ++d) to[r * width + d] = 0.0f;
   }
+  std::fill(to + rows * width, to + padded * width, 0.0f);
 }
 
 FASTPT_INLINE void transposed(int64_t n, int64_t K, const float* x, float* to) {  // [n, K] -> [K, n]
-  for (int64_t d = 0; d < K; ++d)
+  for (int64_t d = 0; d < K; ++d) {
+#pragma omp simd
     for (int64_t j = 0; j < n; ++j) to[d * n + j] = x[j * K + d];
+  }
+}
+
+// Unseen keys of a row of scores become -inf, the others are multiplied by scale: whole registers from here on.
+FASTPT_INLINE void mask_scores(int64_t n, int64_t lo, int64_t hi, float scale, float* s) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) s[j] = j >= lo && j < hi ? s[j] * scale : -std::numeric_limits<float>::infinity();
+}
+
+FASTPT_INLINE float exp_or_0(float x) {
+  return x == -std::numeric_limits<float>::infinity() ? 0.0f : exp_f(x);
 }
 
 template <typename T>
@@ -73,18 +88,19 @@ void dropped_attention_head(const DroppedSequence& c, const T* q, const T* k, co
         float* w = s + r * n;
         const int64_t lo = c.first_key(i + r), hi = c.end_key(i + r);
         const uint32_t key = dropout_key(c.seed, c.first_row + (i + r) * c.heads_q + g);
+        mask_scores(n, lo, hi, c.scale, w);
         float top = -std::numeric_limits<float>::infinity(), sum = 0.0f;
-        for (int64_t j = lo; j < hi; ++j) top = std::max(top, w[j] * c.scale);
+#pragma omp simd reduction(max : top)
+        for (int64_t j = 0; j < n; ++j) top = std::max(top, w[j]);
+        if (hi == lo) top = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = lo; j < hi; ++j) {
-          w[j] = exp_f(w[j] * c.scale - top);
+        for (int64_t j = 0; j < n; ++j) {
+          w[j] = exp_or_0(w[j] - top);
           sum += w[j];
         }
         const float inverse = hi > lo ? 1.0f / sum : 0.0f;
 #pragma omp simd
-        for (int64_t j = lo; j < hi; ++j) w[j] = dropped_out(w[j] * inverse, key, static_cast<uint32_t>(j), c.dropout);
-        std::fill(w, w + lo, 0.0f);
-        std::fill(w + hi, w + n, 0.0f);
+        for (int64_t j = 0; j < n; ++j) w[j] = dropped_out(w[j] * inverse, key, static_cast<uint32_t>(j), c.dropout);
         lse[(i + r) * c.heads_q + g] = hi > lo ? top + std::log(sum) : std::numeric_limits<float>::infinity();
       }
       four_sums(n, c.keys, K, s, values, result);
@@ -118,18 +134,15 @@ void dropped_attention_backward_head(const DroppedSequence& c, const T* grad, co
       for (int64_t r = 0; r < kQueries; ++r) {
         float *score = s + r * n, *weight = w + r * n;
         const int64_t lo = r < rows ? c.first_key(i + r) : 0, hi = r < rows ? c.end_key(i + r) : 0;
-        std::fill(score, score + lo, 0.0f);
-        std::fill(score + hi, score + n, 0.0f);
-        std::fill(weight, weight + lo, 0.0f);
-        std::fill(weight + hi, weight + n, 0.0f);
-        if (hi == lo) continue;
-        const uint32_t key = dropout_key(c.seed, c.first_row + (i + r) * c.heads_q + g);
-        const float total = lse[(i + r) * c.heads_q + g];
+        mask_scores(n, lo, hi, c.scale, score);
+        const int64_t row = std::min(i + r, c.queries - 1);
+        const uint32_t key = dropout_key(c.seed, c.first_row + row * c.heads_q + g);
+        const float total = hi > lo ? lse[row * c.heads_q + g] : 0.0f;
         float* dweight = dp + r * n;
         float delta = 0.0f;  // sum of weight times its gradient: closer than out times dout, both of which are rounded
 #pragma omp simd reduction(+ : delta)
-        for (int64_t j = lo; j < hi; ++j) {
-          const float p = exp_f(score[j] * c.scale - total);
+        for (int64_t j = 0; j < n; ++j) {
+          const float p = exp_or_0(score[j] - total);
           const float kept = dropped_out(1.0f, key, static_cast<uint32_t>(j), c.dropout);
           weight[j] = p * kept;
           score[j] = p;
@@ -137,7 +150,7 @@ void dropped_attention_backward_head(const DroppedSequence& c, const T* grad, co
           delta += p * dweight[j];
         }
 #pragma omp simd
-        for (int64_t j = lo; j < hi; ++j) score[j] *= (dweight[j] - delta) * c.scale;
+        for (int64_t j = 0; j < n; ++j) score[j] *= (dweight[j] - delta) * c.scale;
       }
       four_sums(n, c.keys, K, s, keys, result);
       for (int64_t r = 0; r < rows; ++r)
