@@ -2,6 +2,7 @@
 
 FASTPT_NATIVE=0 skips the native module, FASTPT_NATIVE=1 makes a missing compiler an error. By default it is built where
 a C++ compiler is there and skipped, with one line, where not: fastpt then runs on its PyTorch references.
+FASTPT_SANITIZE=1 instruments it with AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
 """
 
 import os
@@ -34,6 +35,10 @@ def native_module() -> dict:
               "for them: pip install torch pybind11 ninja, then pip install --no-build-isolation .", file=sys.stderr)  # fmt: skip
         return {}
 
+    # -g1: a report names its lines
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
+    if os.environ.get("FASTPT_SANITIZE") != "1":
+        sanitizers = []
     minor = ".".join(torch.__version__.split(".")[:2])
     extension = CppExtension(
         "fastpt._C",
@@ -44,9 +49,9 @@ def native_module() -> dict:
         extra_compile_args=[
             "-O3", "-std=c++20", "-g0", "-fopenmp", "-fvisibility=hidden",
             "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi",
-            f'-DFASTPT_TORCH_MINOR="{minor}"',
+            f'-DFASTPT_TORCH_MINOR="{minor}"', *sanitizers,
         ],
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", *sanitizers],
     )  # fmt: skip
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
