@@ -35,10 +35,9 @@ def native_module() -> dict:
               "for them: pip install torch pybind11 ninja, then pip install --no-build-isolation .", file=sys.stderr)  # fmt: skip
         return {}
 
-    # -g1: a report names its lines
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
-    if os.environ.get("FASTPT_SANITIZE") != "1":
-        sanitizers = []
+    sanitizers = []
+    if os.environ.get("FASTPT_SANITIZE") == "1":  # -g1: reports name lines; -fno-wrapv: Python's own flags define overflow
+        sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-wrapv", "-O1", "-g1"]
     minor = ".".join(torch.__version__.split(".")[:2])
     extension = CppExtension(
         "fastpt._C",

@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps between forward and backward, per token and layer: python -m benchmarks.saved_activations --model DIR.
+"""Bytes that autograd keeps from forward to backward, per token and layer: python -m benchmarks.saved_activations --model DIR.
 
 Counted by torch's hooks for saved tensors and in what autograd.Functions hold besides, each storage once, for two depths and two
 lengths of one model: the difference of the differences is what one token costs in one layer. Whatever does not grow with both
