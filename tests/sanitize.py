@@ -73,7 +73,7 @@ def is_clean(package: Path, level: str) -> bool:
         raise SystemExit(f"sanitize: fastpt._C comes from {found.stdout or found.stderr}, not from {package}")
     # Compiled graphs and opcheck call the same kernels once more.
     chosen = [] if level == LEVELS[0] else ["-k", "not compile and not opcheck"]
-    options = ["-q", "--tb=no", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *chosen]
+    options = ["-q", "--tb=no", "--capture=sys", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *chosen]
     paths = [str(ROOT / path) for path in TESTS]
     run = subprocess.run([sys.executable, "-m", "pytest", *options, *paths], cwd=package, env=environment, check=False)
     told = sorted(reports.iterdir())
