@@ -10,7 +10,7 @@ STAMP := $(VENV)/.fastpt-installed
 MODEL := .cache/smollm2
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup demo test check lint format types evidence bench doctor clean
+.PHONY: help setup demo test sanitize check lint format types evidence bench doctor clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ demo: $(STAMP) $(if $(FASTPT_MODEL),,$(MODEL)/config.json) ## fine-tune a real m
 
 test: $(STAMP) ## all tests
 	$(PYTHON) -m pytest -q
+
+sanitize: $(STAMP) ## the C++ kernels' tests under AddressSanitizer and UBSan, at every instruction set
+	$(PYTHON) -m tests.sanitize
 
 check: lint types test ## everything that must hold before a commit
 

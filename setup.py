@@ -2,6 +2,7 @@
 
 FASTPT_NATIVE=0 skips the native module, FASTPT_NATIVE=1 makes a missing compiler an error. By default it is built where
 a C++ compiler is there and skipped, with one line, where not: fastpt then runs on its PyTorch references.
+FASTPT_SANITIZE=1 instruments it with AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
 """
 
 import os
@@ -34,6 +35,9 @@ def native_module() -> dict:
               "for them: pip install torch pybind11 ninja, then pip install --no-build-isolation .", file=sys.stderr)  # fmt: skip
         return {}
 
+    sanitizers = []
+    if os.environ.get("FASTPT_SANITIZE") == "1":  # -g1: reports name lines; -fno-wrapv: Python's own flags define overflow
+        sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-wrapv", "-O1", "-g1"]
     minor = ".".join(torch.__version__.split(".")[:2])
     extension = CppExtension(
         "fastpt._C",
@@ -44,9 +48,9 @@ def native_module() -> dict:
         extra_compile_args=[
             "-O3", "-std=c++20", "-g0", "-fopenmp", "-fvisibility=hidden",
             "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi",
-            f'-DFASTPT_TORCH_MINOR="{minor}"',
+            f'-DFASTPT_TORCH_MINOR="{minor}"', *sanitizers,
         ],
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", *sanitizers],
     )  # fmt: skip
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 

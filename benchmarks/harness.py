@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -226,6 +227,12 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
+def command() -> str:
+    """The command line of this process, as one types it."""
+    return shlex.join(["python", *sys.orig_argv[1:]])
+
+
 def write_json_lines(path: str | Path, records: list[dict[str, Any]]) -> None:
+    """One line per record, each with the command that made it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))
+    Path(path).write_text("".join(json.dumps({**record, "command": command()}) + "\n" for record in records))

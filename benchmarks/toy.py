@@ -13,8 +13,8 @@ CHAT = (
 )
 
 
-def write_model(folder: Path) -> Path:
-    """A random two-layer Llama over bytes, saved in bf16 with its tokenizer."""
+def write_model(folder: Path, *, layers: int = 2) -> Path:
+    """A small random Llama over bytes, saved in bf16 with its tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -29,7 +29,7 @@ def write_model(folder: Path) -> Path:
     fast.save_pretrained(folder)
 
     config = LlamaConfig(
-        vocab_size=len(alphabet), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(alphabet), hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.1,
         bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip

@@ -112,21 +112,26 @@ def compare(names: list[str], job: Job, steps_per_round: int, rounds: int, conso
     """Run all peers in turns; one record per peer, also for those that could not take part."""
     with tempfile.TemporaryDirectory() as logs:
         contestants = [Contestant(name, job, steps_per_round, Path(logs) / f"{i}.log") for i, name in enumerate(names)]
-        try:
+        return take_turns(contestants, rounds, console)
+
+
+def take_turns(contestants: list[Contestant], rounds: int, console: Console) -> list[dict[str, Any]]:
+    """Run the contestants round by round; one record each."""
+    try:
+        for one in contestants:
+            if one.is_running:
+                one.wait_until_built()
+        for number in range(1, rounds + 1):
             for one in contestants:
                 if one.is_running:
-                    one.wait_until_built()
-            for number in range(1, rounds + 1):
-                for one in contestants:
-                    if one.is_running:
-                        one.run_round()
-                        console.print(f"round {number}/{rounds}  {one.name:12} {_last_round(one)}")
-        except KeyboardInterrupt:
-            console.print("stopped: reporting the rounds that were finished")
-        finally:
-            for one in contestants:
-                one.stop()
-        return [one.record() for one in contestants]
+                    one.run_round()
+                    console.print(f"round {number}/{rounds}  {one.name:12} {_last_round(one)}")
+    except KeyboardInterrupt:
+        console.print("stopped: reporting the rounds that were finished")
+    finally:
+        for one in contestants:
+            one.stop()
+    return [one.record() for one in contestants]
 
 
 def _last_round(one: Contestant) -> str:

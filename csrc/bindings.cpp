@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/gemm.h"
+#include "cpu/gemm_ceiling.h"
 #include "cpu/isa.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -18,4 +19,6 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "torch minor version of the build, and what the CPU kernels run on in this process");
+  m.def("gemm_ceiling", &fastpt::gemm_ceiling, pybind11::arg("is_bf16"), pybind11::arg("seconds"),
+        "GFLOP/s of one GEMM tile over and over on all threads: what benchmarks hold the kernels against");
 }
