@@ -36,7 +36,9 @@ def native_module() -> dict:
         return {}
 
     sanitizers = []
-    if os.environ.get("FASTPT_SANITIZE") == "1":  # -g1: reports name lines; -fno-wrapv: Python's own flags define overflow
+    if (
+        os.environ.get("FASTPT_SANITIZE") == "1"
+    ):  # -g1: reports name lines; -fno-wrapv: Python's own flags define overflow
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-wrapv", "-O1", "-g1"]
     minor = ".".join(torch.__version__.split(".")[:2])
     extension = CppExtension(

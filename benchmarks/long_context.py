@@ -66,7 +66,9 @@ def show(records: list[dict[str, Any]], console: Console) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id of a causal language model")
-    parser.add_argument("--lengths", default="512,8192", help="tokens a row; the first is what others are compared with")
+    parser.add_argument(
+        "--lengths", default="512,8192", help="tokens a row; the first is what others are compared with"
+    )
     parser.add_argument("--steps", type=int, default=1, help="timed steps a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--data", type=Path, help="jsonl file (default: GSM8K's training questions)")
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     console = Console(width=160)
     with tempfile.TemporaryDirectory() as folder:
-        model, data = options.model, options.data or rows.default_data()
+        model, data = options.model, options.data or rows.default_data("packed")
         if options.toy:
             model, data = str(toy.write_model(Path(folder))), toy.write_data(Path(folder) / "toy.jsonl")
             options.lengths, options.rounds = [16, 128], 1

@@ -89,7 +89,9 @@ def plot(curves: dict[str, list[float]], path: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id of a causal language model")
-    parser.add_argument("--data", type=Path, default=rows.default_data("gsm8k"), help="jsonl file with questions and answers")
+    parser.add_argument(
+        "--data", type=Path, default=rows.default_data("gsm8k"), help="jsonl file with questions and answers"
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2, help="rows a step")
     parser.add_argument("--json", type=Path, help="write the curves and the verdict as one JSON line")

@@ -1,7 +1,7 @@
 """Where a training step of fastpt spends its time, next to each op's floor: python -m benchmarks.profile_step --model DIR.
 
-One process trains as in benchmarks.train_step and goes through three phases: steps that are timed, steps under torch.profiler, and
-one that counts what every op is asked to do (its own cost(), or FLOPs and bytes of a plain torch op). Time is self time; what a
+One process trains as in benchmarks.train_step and goes through three phases: steps that are timed, steps under
+torch.profiler, and one that counts what every op is asked to do (its own cost(), or FLOPs and bytes of a plain torch op). Time is self time; what a
 fastpt op calls counts as its own. The floor of a call is its FLOPs at the rate of one brgemm tile on all threads, or its
 bytes at the rate of a copy, whichever takes longer; both rates are measured in the same run.
 """
@@ -9,6 +9,7 @@ bytes at the rate of a copy, whichever takes longer; both rates are measured in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
@@ -152,10 +153,8 @@ def run(model: str, mode: str, examples: list[rows.Row], batch_rows: int, steps:
     lengths, kept = [len(row.input_ids) for row in batch], sum(sum(row.completion_mask[1:]) for row in batch)
     ceiling = Ceiling.measure()
     phases = Phases(steps, ceiling, lambda: training_flops(peer.model, lengths, kept))
-    try:
+    with contextlib.suppress(Finished):
         peer.train(phases.after_step)
-    except Finished:
-        pass
     step_s, flops = statistics.median(phases.step_s), phases.model_flops
     families = phases.families()
     return {
@@ -217,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     records = []
     with tempfile.TemporaryDirectory() as folder:
-        model, data = options.model, options.data or rows.default_data()
+        model, data = options.model, options.data or rows.default_data("packed")
         if options.toy:
             model, data = str(toy.write_model(Path(folder))), toy.write_data(Path(folder) / "toy.jsonl")
             options.seq, options.steps = 64, 2
