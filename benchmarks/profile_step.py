@@ -1,9 +1,10 @@
 """Where a training step of fastpt spends its time, next to each op's floor: python -m benchmarks.profile_step --model DIR.
 
 One process trains as in benchmarks.train_step and goes through three phases: steps that are timed, steps under
-torch.profiler, and one that counts what every op is asked to do (its own cost(), or FLOPs and bytes of a plain torch op). Time is self time; what a
-fastpt op calls counts as its own. The floor of a call is its FLOPs at the rate of one brgemm tile on all threads, or its
-bytes at the rate of a copy, whichever takes longer; both rates are measured in the same run.
+torch.profiler, and one that counts what every op is asked to do (its own cost(), or FLOPs and bytes of a plain torch
+op). Time is self time; what a fastpt op calls counts as its own. The floor of a call is its FLOPs at the rate of one
+brgemm tile on all threads, or its bytes at the rate of a copy, whichever takes longer; both rates are measured in the
+same run.
 """
 
 from __future__ import annotations

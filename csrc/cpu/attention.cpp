@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu/fresh.h"
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
 
@@ -177,7 +178,7 @@ struct Forward {
       pack(block, split.head, shared_keys(split.sequence, split.head));
     });
     const int64_t bytes = ForwardState<T>(Arena{nullptr}, plan.columns, plan.longest).bytes;
-    auto scratch = at::empty({at::get_num_threads(), bytes}, options.dtype(at::kByte));
+    auto scratch = fresh({at::get_num_threads(), bytes}, options.dtype(at::kByte));
     char* base = static_cast<char*>(scratch.mutable_data_ptr());
     for_each_task(division.units.size(), [&](int64_t worker, int64_t task) {
       unit(division.units[task], ForwardState<T>(Arena{base + worker * bytes}, plan.columns, plan.longest));
@@ -194,10 +195,10 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   if (!is_native(q)) return reference(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale);
   const auto qi = attention_input(q), ki = attention_input(k), vi = attention_input(v);
   const AttentionPlan plan(qi, ki, vi, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale);
-  auto out = at::empty(qi.sizes(), q.options());
-  auto lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
+  auto out = fresh(qi.sizes(), q.options());
+  auto lse = fresh({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
   const Division division(plan, at::get_num_threads());
-  auto shared = at::empty({division.parts > 0 ? 2 : 0, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
+  auto shared = fresh({division.parts > 0 ? 2 : 0, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
   by_dtype(q, [&]<typename T>() {
     const Forward<T> forward{plan,
                              Heads<const T>(qi),

@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu/fresh.h"
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
 
@@ -145,7 +146,7 @@ struct Backward {
       pack(block, split.head, shared_keys(split.sequence, split.head));
     });
     const int64_t bytes = BackwardState<T>(Arena{nullptr}, plan.columns, plan.longest).bytes;
-    auto scratch = at::empty({at::get_num_threads(), bytes}, options.dtype(at::kByte));
+    auto scratch = fresh({at::get_num_threads(), bytes}, options.dtype(at::kByte));
     char* base = static_cast<char*>(scratch.mutable_data_ptr());
     for_each_task(division.units.size(), [&](int64_t worker, int64_t task) {
       unit(division.units[task], sums, BackwardState<T>(Arena{base + worker * bytes}, plan.columns, plan.longest));
@@ -170,11 +171,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
                   li.numel() == q.size(0) * q.size(1),
               "attention_backward: grad ", grad.sizes(), ", out ", out.sizes(), ", lse ", lse.sizes(), " do not fit q ",
               q.sizes());
-  auto dq = at::empty(qi.sizes(), q.options()), dk = at::empty(ki.sizes(), k.options());
-  auto dv = at::empty(ki.sizes(), v.options());
+  auto dq = fresh(qi.sizes(), q.options()), dk = fresh(ki.sizes(), k.options());
+  auto dv = fresh(ki.sizes(), v.options());
   const Division division(plan, at::get_num_threads());
-  auto sums = at::empty({division.parts, 2, plan.longest, plan.columns}, q.options().dtype(at::kFloat));
-  auto shared = at::empty({division.parts > 0 ? 3 : 0, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
+  auto sums = fresh({division.parts, 2, plan.longest, plan.columns}, q.options().dtype(at::kFloat));
+  auto shared = fresh({division.parts > 0 ? 3 : 0, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
   by_dtype(q, [&]<typename T>() {
     const Backward<T> backward{plan,
                                Heads<const T>(gi),

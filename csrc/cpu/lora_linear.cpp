@@ -1,5 +1,6 @@
 // lora_linear forward on the CPU: the low-rank hidden of every projection first, then one task a tile of rows and a few
 // panels of columns, whose sum starts with the low-rank term. The definition is fastpt/ops/lora_linear.py.
+#include "cpu/fresh.h"
 #include "cpu/lora_linear.h"
 
 #include <tuple>
@@ -43,7 +44,7 @@ std::vector<Projection> read_projections(const at::Tensor& x, at::TensorList wei
 }
 
 at::Tensor dropped(const at::Tensor& x, const Dropout& dropout, int64_t seed) {
-  auto out = at::empty(x.sizes(), x.options());
+  auto out = fresh(x.sizes(), x.options());
   by_dtype(x, [&]<typename T>() {
     const T* in = x.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
@@ -57,7 +58,7 @@ at::Tensor dropped(const at::Tensor& x, const Dropout& dropout, int64_t seed) {
 
 at::Tensor row_parts(const at::Tensor& a, int64_t parts) {
   if (parts == 1) return a;
-  auto split = at::empty({parts * a.size(0), a.size(1)}, a.options().dtype(at::kBFloat16));
+  auto split = fresh({parts * a.size(0), a.size(1)}, a.options().dtype(at::kBFloat16));
   FASTPT_BY_ISA(split_numbers)(a.numel(), a.const_data_ptr<float>(), a.numel(),
                                split.mutable_data_ptr<c10::BFloat16>());
   return split;
@@ -66,7 +67,7 @@ at::Tensor row_parts(const at::Tensor& a, int64_t parts) {
 at::Tensor column_parts(const at::Tensor& b, int64_t parts) {
   if (parts == 1) return b;
   const int64_t R = b.size(1);
-  auto split = at::empty({b.size(0), parts * R}, b.options().dtype(at::kBFloat16));
+  auto split = fresh({b.size(0), parts * R}, b.options().dtype(at::kBFloat16));
   c10::BFloat16* to = split.mutable_data_ptr<c10::BFloat16>();
   for (int64_t o = 0; o < b.size(0); ++o)
     FASTPT_BY_ISA(split_numbers)(R, b.const_data_ptr<float>() + o * R, R, to + o * parts * R);
@@ -201,8 +202,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> lora_linear(
   for (const Projection& p : projections) {
     auto sizes = x.sizes().vec();
     sizes.back() = p.out();
-    ys.push_back(at::empty(sizes, x.options()));
-    xas.push_back(at::empty({rows.size(0), p.rank()}, x.options().dtype(p.rank() ? p.a.scalar_type() : at::kFloat)));
+    ys.push_back(fresh(sizes, x.options()));
+    xas.push_back(fresh({rows.size(0), p.rank()}, x.options().dtype(p.rank() ? p.a.scalar_type() : at::kFloat)));
   }
   if (rows.size(0) > 0)
     by_dtype(x, [&]<typename T>() { Forward<T>(rows, projections, Dropout{dropout_p}, ys, xas)(); });
