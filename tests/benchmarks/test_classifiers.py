@@ -38,7 +38,7 @@ def test_rows_are_shuffled_once_and_cut(folder):
 
 def test_other_files_are_named(tmp_path):
     (tmp_path / "rows.json").write_text('{"rows": []}')
-    with pytest.raises(DataError, match='no list of .* under "train"'):
+    with pytest.raises(DataError, match=r'no list of .* under "train"'):
         rows.load("clinc150", tiny_tokenizer(), tmp_path / "rows.json", count=1, length=8)
 
 
