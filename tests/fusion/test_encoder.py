@@ -8,9 +8,12 @@ from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 import fastpt
+from fastpt.fusion.encoder import EncoderBlock, EncoderCall, LayerNorm, encoder_block
 from fastpt.fusion.encoder_recipe import EncoderRecipe
 from fastpt.fusion.head import hidden_states
+from fastpt.fusion.layout import Layout
 from fastpt.fusion.pieces import Linears
+from fastpt.ops import Layer
 from tests.helpers import assert_not_worse
 from tests.tiny import ENCODERS, tiny_model, tiny_tokenizer
 
@@ -200,6 +203,33 @@ def test_dropout_has_the_unfused_models_distribution():
         fused_mean, fused_spread = moments()
     assert (fused_mean - mean).abs().max() < 5 * spread.max() / 400**0.5
     torch.testing.assert_close(fused_spread, spread, rtol=0.25, atol=0)
+
+
+def test_gradients_under_dropout_are_those_of_the_masks_that_forward_drew():
+    width, inner, lengths = 8, 12, [3, 1, 5]
+    shapes = [(width, width), (width,)] * 4 + [(inner, width), (inner,), (width, inner), (width,)] + [(width,)] * 4
+    leaves = [torch.randn(sum(lengths), width).double(), *(torch.randn(s).double() / 2 for s in shapes)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    layout = Layout(1, sum(lengths), torch.device("cpu"), causal=False, cu_seqlens=(cu_seqlens, cu_seqlens))
+    call = EncoderCall(layout, 0.5, 4, dropout_p=0.3, seed=2**40 + 3)
+
+    def block(x, *p):
+        layers = [Layer(p[i], p[i + 1]) for i in range(0, 12, 2)]
+        return encoder_block(x[None], EncoderBlock(
+            Linears(tuple(layers[:3])), Linears((layers[3],)), LayerNorm(p[12], p[13], 1e-5, 0.3, 5),
+            Linears((Layer(p[8]),)), p[9], "gelu", Linears((layers[5],)), LayerNorm(p[14], p[15], 1e-5, 0.3, 2**33),
+        ), call)  # fmt: skip
+
+    for leaf in leaves:
+        leaf.requires_grad_()
+    assert torch.autograd.gradcheck(block, leaves)
+    grad = torch.randn(1, sum(lengths), width).double()
+    exact = torch.autograd.grad(block(*leaves), leaves, grad)
+    single = [leaf.detach().float().requires_grad_() for leaf in leaves]
+    native = torch.autograd.grad(block(*single), single, grad.float())
+    for i, (a, b) in enumerate(zip(native, exact, strict=True)):
+        if i != 4:  # the key's bias
+            assert (a - b).norm() <= 1e-5 * b.norm(), i
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
