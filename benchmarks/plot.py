@@ -1,4 +1,4 @@
-"""The picture in the README, from the committed results: python -m benchmarks.plot [--output FILE], --markdown for the table.
+"""The picture in the README and the tables of docs/cpu.md, from the committed results: python -m benchmarks.plot [--markdown].
 
 On the left how many times faster fastpt is than each peer at each work, on the right the memory above the weights.
 """
@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import targets
+from benchmarks.profile_step import markdown
 from benchmarks.targets import ADAMW, ATTENTION, CLINC, FULL, GENERATION, GSM8K, HEAD, LORA, Run, Select
 
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/cpu.md"
 OURS, THEIRS, INK = "#1f6feb", "#b8c0cc", "#24292f"
 NAMES = {
     "fastpt": "fastpt", "trl": "TRL", "trl-ckpt": "TRL, checkpointing", "trl-bf16": "TRL, bf16 weights",
@@ -123,18 +126,34 @@ def _bars(axes: Any, groups: dict[str, dict[str, float]], colour: Any, text: str
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
+def tables(runs: list[Run]) -> dict[str, str]:
+    """What docs/cpu.md takes from the results, by the names of its marks."""
+    profiles = [markdown(record) for run in runs for record in run if "ops" in record]
+    return {"targets": targets.markdown(runs), "profile": "\n\n".join(profiles) or "Not measured."}
+
+
+def filled(page: str, blocks: dict[str, str]) -> str:
+    """The page with what stands between `<!-- name -->` and `<!-- end -->` replaced."""
+    for name, text in blocks.items():
+        begin = page.index(f"<!-- {name} -->") + len(f"<!-- {name} -->")
+        page = f"{page[:begin]}\n{text}\n{page[page.index('<!-- end -->', begin) :]}"
+    return page
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=targets.RESULTS, help="folder with the JSON lines")
-    parser.add_argument("--output", type=Path, default=Path("docs/images/cpu.svg"), help="svg or png")
-    parser.add_argument("--markdown", action="store_true", help="print the table of targets instead")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/cpu.svg", help="svg or png")
+    parser.add_argument("--page", type=Path, default=PAGE, help="markdown with <!-- targets --> and <!-- profile -->")
+    parser.add_argument("--markdown", action="store_true", help="print the tables and write nothing")
     options = parser.parse_args(argv)
     runs = targets.load_runs(options.results)
     if options.markdown:
-        print(targets.markdown(runs))
-    else:
-        draw(runs, options.output)
-        print(f"wrote {options.output}")
+        print("\n\n".join(tables(runs).values()))
+        return 0
+    draw(runs, options.picture)
+    options.page.write_text(filled(options.page.read_text(), tables(runs)))
+    print(f"wrote {options.picture} and {options.page}")
     return 0
 
 

@@ -118,5 +118,16 @@ def test_the_picture_shows_what_was_measured(results, tmp_path):
     runs = targets.load_runs(results)
     assert plot.TRAINING[0].ratios(runs) == {"TRL": 4.0, "plain loop, torch.compile": 1.5}
     assert next(iter(plot.TRAINING[0].memory(runs).items())) == ("fastpt", 1.0)
-    assert plot.main(["--results", str(results), "--output", str(tmp_path / "cpu.svg")]) == 0
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- targets -->\nold\n<!-- end -->\n<!-- profile -->\n<!-- end -->\nafter\n")
+    assert plot.main(["--results", str(results), "--picture", str(tmp_path / "cpu.svg"), "--page", str(page)]) == 0
     assert (tmp_path / "cpu.svg").stat().st_size > 10_000
+    text = page.read_text()
+    assert text.startswith("before\n<!-- targets -->\n| work |")
+    assert "old" not in text
+    assert text.endswith("<!-- profile -->\nNot measured.\n<!-- end -->\nafter\n")
+
+
+def test_the_page_says_what_the_results_say():
+    page = plot.PAGE.read_text()
+    assert page == plot.filled(page, plot.tables(targets.load_runs())), "run python -m benchmarks.plot"
