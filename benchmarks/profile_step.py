@@ -1,16 +1,14 @@
 """Where a training step of fastpt spends its time, next to each op's floor: python -m benchmarks.profile_step --model DIR.
 
-One process trains as in benchmarks.train_step and goes through three phases: steps that are timed, steps under
-torch.profiler, and one that counts what every op is asked to do (its own cost(), or FLOPs and bytes of a plain torch
-op). Time is self time; what a fastpt op calls counts as its own. The floor of a call is its FLOPs at the rate of one
-brgemm tile on all threads, or its bytes at the rate of a copy, whichever takes longer; both rates are measured in the
-same run.
+One process trains as in benchmarks.train_step and goes through three phases: steps that are timed, steps under torch.profiler,
+and one that counts what every op is asked to do (its own cost(), or FLOPs and bytes of a plain torch op). Time is self time;
+what a fastpt op calls counts as its own. The floor of a call is its FLOPs at the rate of one brgemm tile on all threads, or its
+bytes at the rate of a copy, whichever takes longer; both rates are measured in the same run.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import statistics
 import sys
@@ -18,6 +16,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,7 @@ def run(model: str, mode: str, examples: list[rows.Row], batch_rows: int, steps:
     lengths, kept = [len(row.input_ids) for row in batch], sum(sum(row.completion_mask[1:]) for row in batch)
     ceiling = Ceiling.measure()
     phases = Phases(steps, ceiling, lambda: training_flops(peer.model, lengths, kept))
-    with contextlib.suppress(Finished):
+    with suppress(Finished):
         peer.train(phases.after_step)
     step_s, flops = statistics.median(phases.step_s), phases.model_flops
     families = phases.families()

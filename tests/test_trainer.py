@@ -182,14 +182,27 @@ def test_evaluation_and_best_checkpoint(tmp_path):
     assert kept == sorted({f"step-{best['step']:08d}", "step-00000006"})
 
 
-def test_same_seed_same_bits(tmp_path):
-    settings = {"method": {"name": "lora", "rank": 4, "dropout": 0.1}, "data": chat_rows()}
-    one, two = (fastpt.train(**run_settings(tmp_path / name, **settings)) for name in "ab")
-    other = fastpt.train(**run_settings(tmp_path / "c", **settings, seed=1))
-    assert _losses(one) == _losses(two)
-    assert _losses(one) != _losses(other)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", [{"name": "lora", "rank": 4, "dropout": 0.1}, "full"], ids=["lora", "full"])
+def test_same_seed_same_bits(tmp_path, method, precision):
+    """On two threads, with enough tokens that every kernel splits its work between them."""
+
+    def train(name, seed=0):
+        model = tiny_model("llama").to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+        changes = {"model": model, "method": method, "precision": precision, "data": chat_rows(128), "batch_rows": 64}
+        return fastpt.train(**run_settings(tmp_path / name, **changes, max_steps=3, seed=seed))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        one, two = train("a"), train("b")
+    finally:
+        torch.set_num_threads(threads)
+    assert one.history[0]["tokens"] > 2000
+    assert [(r["loss"], r["grad_norm"]) for r in one.history] == [(r["loss"], r["grad_norm"]) for r in two.history]
     for a, b in zip(_trained(one.model).values(), _trained(two.model).values(), strict=True):
         assert torch.equal(a, b)
+    assert _losses(train("c", seed=1)) != _losses(one)
 
 
 def test_a_run_is_never_overwritten(tmp_path):
