@@ -89,7 +89,7 @@ def self_times(profile: Any) -> dict[str, tuple[int, float]]:
             if up.name.startswith("fastpt::"):
                 owner = up
             up = up.cpu_parent
-        if "::" not in owner.name:
+        if not owner.name.startswith(("aten::", "fastpt::")):
             continue
         calls, seconds = found.get(owner.name, (0, 0.0))
         found[owner.name] = calls + (owner is event), seconds + 1e-6 * event.self_cpu_time_total
