@@ -104,7 +104,7 @@ def _decoder(
         is_ours = handle is None
         handle = handle or fuse(model)
         decoder = Decoder(handle, model, slots, capacity)
-    except (ModelError, NotFusable):  # explain() tells why
+    except (ModelError, NotFusable):  # Decoder's own message tells why
         pass
     try:
         yield decoder

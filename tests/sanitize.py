@@ -53,7 +53,7 @@ def environment_of(level: str, reports: Path) -> dict[str, str]:
         "FASTPT_CPU_ISA": level,
         # ASan first of all libraries, and libstdc++ with it: it takes over __cxa_throw when it starts.
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so.6')}",
-        # Use after return stays unchecked: with it GCC 12 misaligns 64-byte vectors on the stack (GCC bug 110027).
+        # Use after return stays unchecked: with it GCC 12 misaligns 64-byte vectors on the stack.
         "ASAN_OPTIONS": f"{common}:detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": f"{common}:print_stacktrace=1",
         "PYTHONPATH": str(ROOT),  # for tests.helpers; the working directory, which has fastpt, comes before it

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/row_blocks.h"
 #define FASTPT_KERNELS "cpu/lora_linear_kernels.h"
 #include "cpu/for_each_isa.h"
 
@@ -48,9 +49,10 @@ at::Tensor dropped(const at::Tensor& x, const Dropout& dropout, int64_t seed) {
   by_dtype(x, [&]<typename T>() {
     const T* in = x.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
-    at::parallel_for(0, x.numel(), 16384, [&](int64_t lo, int64_t hi) {
-      FASTPT_BY_ISA(drop_rows<T>)(hi - lo, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-                                  dropout.threshold(), lo, in + lo, to + lo);
+    const int64_t columns = x.size(1);
+    at::parallel_for(0, x.size(0), row_grain(columns), [&](int64_t lo, int64_t hi) {
+      FASTPT_BY_ISA(drop_rows<T>)
+      (lo, hi - lo, columns, seed, dropout.rule, in + lo * columns, to + lo * columns);
     });
   });
   return out;
@@ -109,7 +111,7 @@ class Forward {
       o.weight.add_transposed(jobs, p.weight);
       if (p.rank() == 0) continue;
       o.parts = parts_of<T>(p.a);
-      o.x_low = dropout_.p > 0 ? dropped(x_, dropout_, p.seed) : x_;
+      o.x_low = dropout_.drops ? dropped(x_, dropout_, p.seed) : x_;
       o.xa_low = empty_padded<T>(x_.size(0), p.rank(), even(p.rank()), x_.options());
       o.a_parts = Packed<T>(width(), o.parts * p.rank(), x_.options());
       o.a_parts.add_transposed(jobs, row_parts(p.a, o.parts));
@@ -143,7 +145,7 @@ class Forward {
       multiply<T>(rows, o.a_parts.width(p), width(), x_.stride(0), data(o.x_low, r0), o.a_parts.panel(p), false, ldc,
                   tile + p * kPanel);
     float* sums = tile + kRows * ldc;
-    FASTPT_BY_ISA(join_parts)(rows, R, o.parts, ldc, tile, dropout_.factor(), R, sums);
+    FASTPT_BY_ISA(join_parts)(rows, R, o.parts, ldc, tile, dropout_.factor, R, sums);
     const float scale = projections_[i].scale;
     FASTPT_BY_ISA(convert_rows<float, T>)(rows, R, R, sums, scale, o.xa_low.stride(0), data(o.xa_low, r0));
     by_dtype(xas_[i], [&]<typename Low>() {

@@ -12,6 +12,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include "common/dropout.h"
 #include "cpu/fresh.h"
 #include "cpu/gemm.h"
 #include "cpu/tasks.h"
@@ -46,11 +47,12 @@ std::vector<Projection> read_projections(const at::Tensor& x, at::TensorList wei
 // x as rows [T, D], contiguous; an odd width of bfloat16 gets a zero column, which gemm_tile reads.
 at::Tensor gemm_rows(const at::Tensor& x);
 
-// Dropout of the low-rank term's input. The mask is a function of (seed, index), see is_kept.
+// Dropout of the low-rank term's input: the rule picks, sums over what is kept are multiplied by the factor.
 struct Dropout {
-  double p;
-  float factor() const { return p > 0 && p < 1 ? static_cast<float>(1 / (1 - p)) : (p >= 1 ? 0.0f : 1.0f); }
-  uint32_t threshold() const { return static_cast<uint32_t>(std::min((1 - p) * 4294967296.0, 4294967295.0)); }
+  explicit Dropout(double p) : drops(p > 0), factor(dropout_of(p).scale), rule{dropout_of(p).threshold, 1.0f} {}
+  bool drops;
+  float factor;
+  DropoutRule rule;
 };
 
 // x [T, D] with zeros where the projection's seed drops it.

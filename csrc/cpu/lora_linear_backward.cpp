@@ -96,7 +96,7 @@ class Backward {
         o.dxa_low = empty_padded<T>(tokens_, p.rank(), even(p.rank()), x_.options());
       }
       if (wants_[i].a) {
-        o.x_low = dropout_.p > 0 ? dropped(x_, dropout_, p.seed) : x_;
+        o.x_low = dropout_.drops ? dropped(x_, dropout_, p.seed) : x_;
         o.dxa_t = empty_padded<T>(low_rows(i), tokens_, padded_, x_.options());
       }
       if (wants_[i].b) o.xa_t = empty_padded<T>(low_rows(i), tokens_, padded_, x_.options());
@@ -137,7 +137,7 @@ class Backward {
                   o.b_parts.panel(p), false, ldc, tile + p * kPanel);
     FASTPT_BY_ISA(join_parts)(rows, R, o.parts, ldc, tile, projections_[i].scale, R, sums);
     if (wants_x_) FASTPT_BY_ISA(convert_rows<float, T>)
-    (rows, R, R, sums, dropout_.factor(), o.dxa_low.stride(0), data(o.dxa_low, r0));
+    (rows, R, R, sums, dropout_.factor, o.dxa_low.stride(0), data(o.dxa_low, r0));
     if (wants_[i].a) store_transposed(rows, i, sums, transposed, data(o.dxa_t, 0) + r0);
   }
 
@@ -171,20 +171,18 @@ class Backward {
 
   void input_tile(int64_t p, int64_t r0, float* tile) {
     const int64_t rows = std::min(kRows, tokens_ - r0), columns = operands_[0].weight.width(p);
-    float* low = dropout_.p > 0 ? tile + kRows * kPanel : tile;
+    float* low = dropout_.drops ? tile + kRows * kPanel : tile;
     bool is_first = true;
     for (size_t i = 0; i < projections_.size(); ++i) {
       const Operands<T>& o = operands_[i];
-      if (has_low(i) && dropout_.p == 0) add_low(i, p, rows, r0, !is_first, low);
+      if (has_low(i) && !dropout_.drops) add_low(i, p, rows, r0, !is_first, low);
       multiply<T>(rows, columns, projections_[i].out(), o.grad.stride(0), data(o.grad, r0), o.weight.panel(p),
-                  !is_first || (has_low(i) && dropout_.p == 0), kPanel, tile);
+                  !is_first || (has_low(i) && !dropout_.drops), kPanel, tile);
       is_first = false;
-      if (!has_low(i) || dropout_.p == 0) continue;
+      if (!has_low(i) || !dropout_.drops) continue;
       add_low(i, p, rows, r0, false, low);
-      const int64_t seed = projections_[i].seed, ld = x_.stride(0);
       FASTPT_BY_ISA(add_kept)
-      (rows, columns, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), dropout_.threshold(),
-       r0 * ld + p * kPanel, ld, kPanel, low, tile);
+      (r0, rows, p * kPanel, columns, projections_[i].seed, dropout_.rule, kPanel, low, tile);
     }
     FASTPT_BY_ISA(store_tile<T>)
     (rows, columns, kPanel, tile, nullptr, width(), out_.x.mutable_data_ptr<T>() + r0 * width() + p * kPanel);
@@ -249,7 +247,7 @@ class Backward {
 
   void store_da(size_t i, int64_t first, int64_t columns, const float* tile) {
     FASTPT_BY_ISA(join_row_parts)
-    (projections_[i].rank(), columns, operands_[i].parts, kPanel, tile, dropout_.factor(), width(),
+    (projections_[i].rank(), columns, operands_[i].parts, kPanel, tile, dropout_.factor, width(),
      out_.a[i].mutable_data_ptr<float>() + first);
   }
 

@@ -66,34 +66,23 @@ void add_columns(int64_t rows, int64_t columns, int64_t ld, const T* in, float* 
     for (int64_t c = 0; c < columns; ++c) sums[c] += to_float(in[r * ld + c]);
 }
 
-// Dropout by a counter: number i of the tensor is kept when a hash of (seed, i) falls below the threshold, so that
-// backward finds the mask again without storing it. Two rounds of a 32-bit mixer (multiply, xor-shift) per element.
-FASTPT_INLINE bool is_kept(uint32_t key0, uint32_t key1, uint32_t threshold, uint32_t i) {
-  uint32_t h = i * 0x9E3779B1u + key0;
-  h = (h ^ (h >> 16)) * 0x21F0AAADu;
-  h = (h ^ (h >> 15)) * 0x735A2D97u;
-  h = (h ^ (h >> 15)) + key1;
-  h = (h ^ (h >> 16)) * 0x85EBCA6Bu;
-  h ^= h >> 13;
-  return h < threshold;
-}
-
-// out = in where kept, else 0, for rows whose first number has index `first`; they follow one another without gaps.
+// out = in where the rule keeps it, else 0; rows are numbered from `first`. The rule's scale is 1: the caller scales
+// sums.
 template <typename T>
-void drop_rows(int64_t n, uint32_t key0, uint32_t key1, uint32_t threshold, int64_t first, const T* in, T* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const bool kept = is_kept(key0, key1, threshold, static_cast<uint32_t>(first + i));
-    out[i] = kept ? in[i] : from_float<T>(0.0f);
+void drop_rows(int64_t first, int64_t rows, int64_t columns, uint64_t seed, DropoutRule rule, const T* in, T* out) {
+  for (int64_t r = 0; r < rows; ++r, in += columns, out += columns) {
+    const uint32_t key = dropout_key(seed, first + r);
+    for (int64_t c = 0; c < columns; ++c)
+      out[c] = from_float<T>(dropped_out(to_float(in[c]), key, static_cast<uint32_t>(c), rule));
   }
 }
 
-// tile += in where kept.
-inline void add_kept(int64_t rows, int64_t columns, uint32_t key0, uint32_t key1, uint32_t threshold, int64_t first,
-                     int64_t row_stride, int64_t ld, const float* in, float* tile) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) {
-      const bool kept = is_kept(key0, key1, threshold, static_cast<uint32_t>(first + r * row_stride + c));
-      tile[r * ld + c] += kept ? in[r * ld + c] : 0.0f;
-    }
+// tile += in where kept; the tile's first number is at (first_row, first_column).
+inline void add_kept(int64_t first_row, int64_t rows, int64_t first_column, int64_t columns, uint64_t seed,
+                     DropoutRule rule, int64_t ld, const float* in, float* tile) {
+  for (int64_t r = 0; r < rows; ++r, in += ld, tile += ld) {
+    const uint32_t key = dropout_key(seed, first_row + r);
+    for (int64_t c = 0; c < columns; ++c)
+      tile[c] += dropped_out(in[c], key, static_cast<uint32_t>(first_column + c), rule);
   }
 }

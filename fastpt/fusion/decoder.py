@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastpt.fusion.layout import Layout
-from fastpt.fusion.pieces import Activation, Linears, Norm, product_dtype, raw
+from fastpt.fusion.pieces import Activation, Attention, Heads, Linears, Norm, keep, kept, product_dtype, raw
 
 # The last piece, whose inner width is the largest, goes by so many tokens: what it needs for a moment does not grow with
 # the length of a row, and its blocks of memory are of one size and get used again.
@@ -54,10 +54,8 @@ class Call(NamedTuple):
     layer_idx: int = 0
 
     @property
-    def options(self) -> tuple:
-        """The tail of the attention op's arguments."""
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        return self.layout.causal, self.layout.window, self.softcap, scale
+    def attention(self) -> Attention:
+        return Attention(self.layout, self.head_dim**-0.5 if self.scale is None else self.scale, self.softcap)
 
 
 class Block(NamedTuple):
@@ -71,17 +69,15 @@ class Block(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs. T tokens, and of a padded batch N real ones; D model, H heads, K head dim, I inner width."""
+    """What backward needs. T tokens; D model, I inner width, R rank or rotated dims."""
 
     x: Tensor  # [T, D]
     rstd: Tensor  # [T]
     qkv_low: list[Tensor]  # [T, R] each: low-rank hiddens
     heads: tuple[Tensor, ...]  # q, k before their norms and 1 / rms of each, where heads are normed
-    q: Tensor  # [N, H, K], rotated
-    k: Tensor  # [N, Hkv, K]
-    v: Tensor
-    attended: Tensor  # [N, H, K]
-    lse: Tensor  # [N, H]
+    attention: Heads  # q and k rotated
+    cos: Tensor  # [T, R]
+    sin: Tensor
     mlp: list[SavedMLP]  # one for every ROWS tokens
 
 
@@ -110,40 +106,34 @@ class _DecoderBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, call, spec, *leaves):
         qkv, mlp = tree_unflatten(leaves, spec)
-        q, k, v, first = norm_qkv_rope(x, cos, sin, qkv, call)
+        q, k, v, rstd, low, unnormed = norm_qkv_rope(x, cos, sin, qkv, call)
         if call.cache is not None:  # a prefill: the layout says that these are all the keys there are
             shape = (call.layout.batch, call.layout.length)
             call.cache.update(*(t.unflatten(0, shape).transpose(1, 2) for t in (k, v)), call.layer_idx)
-        attended, second = attend(q, k, v, call)
+        attended, heads = call.attention.forward(q, k, v)
         rows = zip(attended.flatten(1).split(ROWS), x.split(ROWS), strict=True)
         outs, third = zip(*(output_norm_mlp(some, residual, mlp) for some, residual in rows), strict=True)
-        kept, ctx.saved_spec = tree_flatten(Saved._make((*first, *second, list(third))))
-        ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        ctx.others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-        ctx.call, ctx.spec, ctx.count = call._replace(cache=None), spec, len(kept)
-        ctx.save_for_backward(*kept, cos, sin, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        keep(ctx, Saved(x, rstd, low, unnormed, heads, cos, sin, list(third)), leaves, spec)
+        ctx.call = call._replace(cache=None)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        saved_tensors = ctx.saved_tensors  # once: checkpointing unpacks each time
-        kept, (cos, sin, *tensors) = saved_tensors[: ctx.count], saved_tensors[ctx.count :]
-        tensors, others = iter(tensors), iter(ctx.others)
-        qkv, mlp = tree_unflatten([next(tensors if is_one else others) for is_one in ctx.is_tensor], ctx.spec)
+        saved, (qkv, mlp) = kept(ctx)
         wants_x, wants = ctx.needs_input_grad[0], tree_unflatten(list(ctx.needs_input_grad[5:]), ctx.spec)
-        saved: Saved = tree_unflatten(list(kept), ctx.saved_spec)
-        attended = _scattered(saved.attended, ctx.call.layout.spans.queries, len(grad)).flatten(1)
+        attended = ctx.call.attention.again(saved.attention, len(grad)).flatten(1)
         rows = zip(grad.split(ROWS), attended.split(ROWS), saved.mlp, strict=True)
         dattended, dx, dmlp = _joined([output_norm_mlp_backward(*some, mlp, wants[1]) for some in rows])
-        dattended = dattended.unflatten(1, (-1, ctx.call.head_dim))
-        dq, dk, dv = attend_backward(dattended, saved, ctx.call)
-        dx, dqkv = norm_qkv_rope_backward(dq, dk, dv, dx.to(saved.x.dtype), cos, sin, qkv, saved, wants[0], ctx.call)
+        dq, dk, dv = ctx.call.attention.backward(dattended.unflatten(1, (-1, ctx.call.head_dim)), saved.attention)
+        dx, dqkv = norm_qkv_rope_backward(dq, dk, dv, dx.to(saved.x.dtype), qkv, saved, wants[0])
         return dx if wants_x else None, None, None, None, None, *tree_flatten((dqkv, dmlp))[0]
 
 
-def norm_qkv_rope(x: Tensor, cos: Tensor, sin: Tensor, w: QKV, call: Call) -> tuple[Tensor, Tensor, Tensor, tuple]:
-    """x [T, D], cos and sin [T, R] -> q [T, H, K], k and v [T, Hkv, K], and what to save."""
+def norm_qkv_rope(
+    x: Tensor, cos: Tensor, sin: Tensor, w: QKV, call: Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], tuple[Tensor, ...]]:
+    """x [T, D], cos and sin [T, R] -> q [T, H, K], k and v [T, Hkv, K]; 1 / rms, low-rank hiddens and heads before norms."""
     y, rstd = w.norm.forward(x)
     projected, low = w.projections.forward(y.to(product_dtype(x.dtype, x.device)))
     if len(projected) == 1:
@@ -156,23 +146,14 @@ def norm_qkv_rope(x: Tensor, cos: Tensor, sin: Tensor, w: QKV, call: Call) -> tu
         (q_normed, q_rstd), (k_normed, k_rstd) = w.q_norm.forward(q), w.k_norm.forward(k)
         heads, q, k = (q, k, q_rstd, k_rstd), q_normed, k_normed
     q, k = raw.rope(q, k, cos, sin, None, False, False)
-    return q, k, v, (x, rstd, low, heads)
+    return q, k, v, rstd, low, heads
 
 
 def norm_qkv_rope_backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dx: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    w: QKV,
-    saved: Saved,
-    wants: QKV,
-    call: Call,
+    dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor, w: QKV, saved: Saved, wants: QKV
 ) -> tuple[Tensor, QKV]:
     """The block's gradient of x, given what the residual brings (dx), and those of the weights."""
-    dq, dk = raw.rope(dq, dk, cos, sin, None, False, True)
+    dq, dk = raw.rope(dq, dk, saved.cos, saved.sin, None, False, True)
     q_norm = k_norm = None
     if w.q_norm is not None and w.k_norm is not None:
         q, k, q_rstd, k_rstd = saved.heads
@@ -185,33 +166,6 @@ def norm_qkv_rope_backward(
     dy, projections = w.projections.backward(grads, y.to(dq.dtype), saved.qkv_low, wants.projections)
     dx, norm = w.norm.backward(dy, saved.x, saved.rstd, wants.norm, dx)
     return dx, QKV(norm, projections, q_norm, k_norm)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, tuple]:
-    """Attention over the flattened tokens of a layout, zero at padded queries: [T, H, K], and what to save."""
-    queries, keys, cu_seqlens_q, cu_seqlens_k = call.layout.spans
-    tokens = q.shape[0]
-    if keys is not None:
-        k, v = k.index_select(0, keys), v.index_select(0, keys)
-    if queries is not None:
-        q = q.index_select(0, queries)
-    out, lse = raw.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *call.options)
-    return _scattered(out, queries, tokens), (q, k, v, out, lse)
-
-
-def attend_backward(grad: Tensor, saved: Saved, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    queries, keys, cu_seqlens_q, cu_seqlens_k = call.layout.spans
-    tokens = grad.shape[0]
-    if queries is not None:
-        grad = grad.index_select(0, queries)
-    dq, dk, dv = raw.attention_backward(
-        grad, saved.q, saved.k, saved.v, saved.attended, saved.lse, cu_seqlens_q, cu_seqlens_k, *call.options
-    )
-    return _scattered(dq, queries, tokens), _scattered(dk, keys, tokens), _scattered(dv, keys, tokens)
-
-
-def _scattered(x: Tensor, index: Tensor | None, tokens: int) -> Tensor:
-    return x if index is None else x.new_zeros(tokens, *x.shape[1:]).index_copy_(0, index, x)
 
 
 def output_norm_mlp(attended: Tensor, residual: Tensor, w: OutputMLP) -> tuple[Tensor, SavedMLP]:

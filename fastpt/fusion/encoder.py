@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastpt.fusion.layout import Layout
-from fastpt.fusion.pieces import APPROXIMATIONS, Linears, product_dtype, raw
+from fastpt.fusion.pieces import APPROXIMATIONS, Attention, Heads, Linears, keep, kept, product_dtype, raw
 
 
 class LayerNorm(NamedTuple):
@@ -69,21 +69,16 @@ class EncoderCall(NamedTuple):
     seed: int = 0
 
     @property
-    def options(self) -> tuple:
-        """The tail of the attention op's arguments."""
-        return self.layout.causal, self.layout.window, None, self.scale
+    def attention(self) -> Attention:
+        return Attention(self.layout, self.scale, None, self.dropout_p, self.seed)
 
 
 class Saved(NamedTuple):
-    """What backward needs. T tokens; D model, H heads, K head dim, I inner width."""
+    """What backward needs. T tokens; D model, I inner width, R rank."""
 
     x: Tensor  # [T, D]
     qkv_low: list[Tensor]  # [T, R] each: low-rank hiddens
-    q: Tensor  # [T, H, K]
-    k: Tensor
-    v: Tensor
-    attended: Tensor  # [T, H, K]
-    lse: Tensor  # [T, H]
+    attention: Heads
     output_low: list[Tensor]
     norm: tuple[Tensor, ...]  # sum [T, D], mean and 1 / standard deviation [T]
     up: Tensor  # [T, I], before bias and activation
@@ -105,28 +100,22 @@ class _EncoderBlock(torch.autograd.Function):
         products = product_dtype(x.dtype, x.device)
         (q, k, v), qkv_low = w.qkv.forward(x.to(products))
         q, k, v = (part.unflatten(-1, (-1, call.head_dim)) for part in (q, k, v))
-        attended, heads = _attend(q, k, v, call)
+        attended, heads = call.attention.forward(q, k, v)
         (y,), output_low = w.output.forward(attended.flatten(1))
         y, *norm = w.norm.forward(y, x)
         (up,), up_low = w.up.forward(y.to(products))
         (out,), down_low = w.down.forward(raw.bias_gelu(up, w.up_bias, APPROXIMATIONS[w.activation]))
         out, *mlp_norm = w.mlp_norm.forward(out, y)
-        saved = Saved._make((x, qkv_low, *heads, output_low, tuple(norm), up, up_low, down_low, tuple(mlp_norm)))
-        kept, ctx.saved_spec = tree_flatten(saved)
-        ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        ctx.others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-        ctx.call, ctx.spec, ctx.count = call, spec, len(kept)
-        ctx.save_for_backward(*kept, *(leaf for leaf in leaves if isinstance(leaf, Tensor)))
+        saved = Saved(x, qkv_low, heads, output_low, tuple(norm), up, up_low, down_low, tuple(mlp_norm))
+        keep(ctx, saved, leaves, spec)
+        ctx.call = call
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        saved_tensors = ctx.saved_tensors  # once: checkpointing unpacks each time
-        tensors, others = iter(saved_tensors[ctx.count :]), iter(ctx.others)
-        w = tree_unflatten([next(tensors if is_one else others) for is_one in ctx.is_tensor], ctx.spec)
+        saved, w = kept(ctx)
         wants_x, wants = ctx.needs_input_grad[0], tree_unflatten(list(ctx.needs_input_grad[3:]), ctx.spec)
-        saved: Saved = tree_unflatten(list(saved_tensors[: ctx.count]), ctx.saved_spec)
         dx, found = _backward(grad, w, saved, wants, ctx.call, wants_x)
         return dx if wants_x else None, None, None, *tree_flatten(found)[0]
 
@@ -134,49 +123,18 @@ class _EncoderBlock(torch.autograd.Function):
 def _backward(
     grad: Tensor, w: EncoderBlock, saved: Saved, wants: EncoderBlock, call: EncoderCall, wants_x: bool
 ) -> tuple[Tensor, EncoderBlock]:
-    products, form = saved.q.dtype, APPROXIMATIONS[w.activation]
+    products, form = saved.attention.q.dtype, APPROXIMATIONS[w.activation]
     dout, dy, mlp_norm = w.mlp_norm.backward(grad.to(saved.x.dtype), *saved.mlp_norm, products, wants.mlp_norm)  # type: ignore
     dinner, down = w.down.backward([dout], raw.bias_gelu(saved.up, w.up_bias, form), saved.down_low, wants.down)
     dup, dup_bias = raw.bias_gelu_backward(dinner, saved.up, w.up_bias, form, bool(wants.up_bias))
     y = w.norm.again(saved.norm[0]).to(products)
     dy_mlp, up = w.up.backward([dup], y, saved.up_low, wants.up)
     dout, dx, norm = w.norm.backward(dy.add_(dy_mlp), *saved.norm, products, wants.norm)  # type: ignore
-    dattended, output = w.output.backward([dout], saved.attended.flatten(1), saved.output_low, wants.output)
-    grads = _attend_backward(dattended.unflatten(1, (-1, call.head_dim)), saved, call)
+    attended = call.attention.again(saved.attention, len(grad)).flatten(1)
+    dattended, output = w.output.backward([dout], attended, saved.output_low, wants.output)
+    grads = call.attention.backward(dattended.unflatten(1, (-1, call.head_dim)), saved.attention)
     dx_heads, qkv = w.qkv.backward(
         [g.flatten(1) for g in grads], saved.x.to(products), saved.qkv_low, wants.qkv, wants_x
     )
     found = EncoderBlock(qkv, output, norm, up, dup_bias if wants.up_bias else None, None, down, mlp_norm)  # type: ignore
     return dx.add_(dx_heads) if wants_x else dx, found
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, call: EncoderCall) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Attention over the flattened tokens of a layout, zero at queries left out: [T, H, K], and what to save."""
-    queries, keys, cu_seqlens_q, cu_seqlens_k = call.layout.spans
-    tokens = q.shape[0]
-    k, v = (t if keys is None else t.index_select(0, keys) for t in (k, v))
-    q = q if queries is None else q.index_select(0, queries)
-    if call.dropout_p > 0:
-        dropout = call.dropout_p, call.seed
-        out, lse = raw.attention_dropout(q, k, v, cu_seqlens_q, cu_seqlens_k, *call.options, *dropout)
-    else:
-        out, lse = raw.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, *call.options)
-    out = _scattered(out, queries, tokens)
-    return out, (q, k, v, out, lse)
-
-
-def _attend_backward(grad: Tensor, saved: Saved, call: EncoderCall) -> tuple[Tensor, Tensor, Tensor]:
-    queries, keys, cu_seqlens_q, cu_seqlens_k = call.layout.spans
-    tokens, out = grad.shape[0], saved.attended
-    if queries is not None:
-        grad, out = grad.index_select(0, queries), out.index_select(0, queries)
-    parts = grad, saved.q, saved.k, saved.v, out, saved.lse, cu_seqlens_q, cu_seqlens_k
-    if call.dropout_p > 0:
-        dq, dk, dv = raw.attention_dropout_backward(*parts, *call.options, call.dropout_p, call.seed)
-    else:
-        dq, dk, dv = raw.attention_backward(*parts, *call.options)
-    return _scattered(dq, queries, tokens), _scattered(dk, keys, tokens), _scattered(dv, keys, tokens)
-
-
-def _scattered(x: Tensor, index: Tensor | None, tokens: int) -> Tensor:
-    return x if index is None else x.new_zeros(tokens, *x.shape[1:]).index_copy_(0, index, x)

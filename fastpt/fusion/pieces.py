@@ -7,11 +7,13 @@ form, so a whole block can be flattened into the arguments of one autograd.Funct
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastpt.fusion.layout import Layout
 from fastpt.ops import Layer
 
 raw = torch.ops.fastpt
@@ -87,9 +89,79 @@ class Activation(NamedTuple):
         return raw.geglu_backward(grad, gate, up, APPROXIMATIONS[self.name])
 
 
+class Heads(NamedTuple):
+    """What attention saves: of a padded batch only the N real tokens."""
+
+    q: Tensor  # [N, H, K]
+    k: Tensor  # [N, Hkv, K]
+    v: Tensor
+    out: Tensor  # [N, H, K]
+    lse: Tensor  # [N, H]
+
+
+class Attention(NamedTuple):
+    """Attention over the flattened tokens of a layout."""
+
+    layout: Layout
+    scale: float
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    seed: int = 0
+
+    @property
+    def _options(self) -> tuple:
+        """The tail of the ops' arguments."""
+        options = self.layout.causal, self.layout.window, self.softcap, self.scale
+        return options if self.dropout_p == 0 else (*options, self.dropout_p, self.seed)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Heads]:
+        """[T, H, K], zero at queries left out, and what to save."""
+        queries, keys, cu_seqlens_q, cu_seqlens_k = self.layout.spans
+        tokens = q.shape[0]
+        k, v = (t if keys is None else t.index_select(0, keys) for t in (k, v))
+        q = q if queries is None else q.index_select(0, queries)
+        op = raw.attention_dropout if self.dropout_p > 0 else raw.attention
+        out, lse = op(q, k, v, cu_seqlens_q, cu_seqlens_k, *self._options)
+        return scattered(out, queries, tokens), Heads(q, k, v, out, lse)
+
+    def again(self, saved: Heads, tokens: int) -> Tensor:
+        """What forward gave, from what was saved."""
+        return scattered(saved.out, self.layout.spans.queries, tokens)
+
+    def backward(self, grad: Tensor, saved: Heads) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, cu_seqlens_q, cu_seqlens_k = self.layout.spans
+        tokens = grad.shape[0]
+        grad = grad if queries is None else grad.index_select(0, queries)
+        op = raw.attention_dropout_backward if self.dropout_p > 0 else raw.attention_backward
+        dq, dk, dv = op(grad, *saved, cu_seqlens_q, cu_seqlens_k, *self._options)
+        return scattered(dq, queries, tokens), scattered(dk, keys, tokens), scattered(dv, keys, tokens)
+
+
+def scattered(x: Tensor, index: Tensor | None, tokens: int) -> Tensor:
+    """Rows of x at `index` of so many tokens, the others zero."""
+    return x if index is None else x.new_zeros(tokens, *x.shape[1:]).index_copy_(0, index, x)
+
+
 APPROXIMATIONS = {"gelu_tanh": "tanh", "gelu": "none"}
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of matrix products on activations of `dtype`: autocast's where it is on."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+
+
+def keep(ctx: Any, saved: Any, weights: Sequence[Any], spec: Any) -> None:
+    """Save for backward a tree of tensors and the leaves of a block's pieces, of which only tensors go through autograd."""
+    tensors, ctx.saved_spec = tree_flatten(saved)
+    ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in weights]
+    ctx.others = [leaf for leaf in weights if not isinstance(leaf, Tensor)]
+    ctx.spec, ctx.count = spec, len(tensors)
+    ctx.save_for_backward(*tensors, *(leaf for leaf in weights if isinstance(leaf, Tensor)))
+
+
+def kept(ctx: Any) -> tuple[Any, Any]:
+    """The saved tree and the block's pieces."""
+    tensors = ctx.saved_tensors  # once: checkpointing unpacks each time
+    weights, others = iter(tensors[ctx.count :]), iter(ctx.others)
+    pieces = tree_unflatten([next(weights if is_one else others) for is_one in ctx.is_tensor], ctx.spec)
+    return tree_unflatten(list(tensors[: ctx.count]), ctx.saved_spec), pieces

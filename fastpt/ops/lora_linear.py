@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpt.ops._dropout import factors
 from fastpt.ops._library import Cost, autocast, nbytes, register
 
 
@@ -21,10 +22,8 @@ def _low_dtype(x: Tensor, lora_a: Tensor | None) -> torch.dtype:
 
 
 def _mask(x: Tensor, dropout_p: float, seed: int) -> Tensor:
-    """What dropout multiplies x [T, D] by; the C++ kernels draw other masks from the same seeds."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    kept = torch.empty_like(x).bernoulli_(1 - dropout_p, generator=generator)
-    return kept.div_(max(1 - dropout_p, torch.finfo(x.dtype).tiny))
+    """What dropout multiplies x [T, D] by."""
+    return factors(len(x), x.shape[1], dropout_p, seed, x.device).to(x.dtype)
 
 
 def _dropped(x: Tensor, dropout_p: float, seeds: Sequence[int], i: int) -> Tensor:

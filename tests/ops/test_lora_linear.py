@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastpt.ops import linear_group, lora_linear
-from fastpt.ops.lora_linear import Layer, backward, forward
+from fastpt.ops.lora_linear import Layer, backward, forward, reference, reference_backward
 from tests.helpers import (
     DTYPES,
     assert_not_worse,
@@ -106,6 +106,24 @@ def test_dropout_by_seed(dtype):
     first = dropped(None)
     torch.manual_seed(0)
     assert torch.equal(first, dropped(None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_kernel_and_reference_draw_one_mask(p, dtype):
+    x, weight, _, lora_a, lora_b = (t.detach() for t in make((150,), 33, 40, 8))
+    args = [x.to(dtype), [weight.to(dtype)], [None], [lora_a], [lora_b], [SCALE], p, [7 << 40]]
+    (y,), (xa,) = forward(*args)
+    (expected,), (expected_xa,) = reference(*args)
+    torch.testing.assert_close(xa, expected_xa, rtol=1e-5, atol=1e-5)
+    assert (y - expected).norm() <= 0.01 * expected.norm()  # the reference rounds twice in bfloat16
+    grads, rest = [torch.randn_like(y)], (args[0], args[1], args[3], args[4], [xa], [SCALE], p, [7 << 40])
+    wants = [False, False, True, True]
+    (dx, _, _, (da,), _), (ddx, _, _, (dda,), _) = (
+        f(grads, *rest, True, wants) for f in (backward, reference_backward)
+    )
+    torch.testing.assert_close(da, dda, rtol=1e-4, atol=1e-4)
+    assert (dx - ddx).norm() <= 0.01 * ddx.norm()
 
 
 def test_gradcheck_opcheck_compile_retain_graph():
