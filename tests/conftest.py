@@ -1,8 +1,21 @@
 """Every test starts from one seed, and memory that nobody wrote reads as NaN."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
+
+TRITON = "--triton"
+
+
+def pytest_addoption(parser):
+    parser.addoption(TRITON, action="store_true", help="the Triton kernels in the interpreter serve CPU tensors")
+
+
+def pytest_configure(config):
+    if config.getoption(TRITON):
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault(
@@ -12,14 +25,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(autouse=True)
-def seeded_and_poisoned():
+def seeded_and_poisoned(request):
     import torch
 
     torch.manual_seed(0)
     # In deterministic mode ATen fills what torch.empty and its C++ kin return with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
+    with _kernels_under_test(request):
+        yield
     torch.use_deterministic_algorithms(False)
+
+
+def _kernels_under_test(request):
+    if not request.config.getoption(TRITON):
+        return nullcontext()
+    from benchmarks.evidence.interpreter import TritonServes
+
+    return TritonServes()
 
 
 def pytest_collection_modifyitems(items):

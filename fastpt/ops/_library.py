@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 LIBRARY = torch.library.Library("fastpt", "DEF")
 
@@ -57,7 +58,7 @@ class Op:
     overload: Callable[..., Any]
     reference: Callable[..., Any]
     cost: Callable[..., Cost]
-    triton: str | None
+    triton: Callable[..., Any] | None
 
 
 OPS: dict[str, Op] = {}
@@ -75,10 +76,11 @@ def register(
     name = LIBRARY.define(schema).split("::")[-1]
     LIBRARY.impl(name, _past_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastpt::{name}", fake, lib=LIBRARY)
-    if triton is not None:
-        LIBRARY.impl(name, _imported_on_first_call(triton), "CUDA")
+    kernel = None if triton is None else _past_autocast(_by_dtype(triton, reference))
+    if kernel is not None:
+        LIBRARY.impl(name, kernel, "CUDA")
     overload = getattr(torch.ops.fastpt, name).default
-    OPS[name] = Op(name, overload, reference, cost, triton)
+    OPS[name] = Op(name, overload, reference, cost, kernel)
     return overload
 
 
@@ -99,6 +101,17 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _by_dtype(triton: str, reference: Callable) -> Callable:
+    """The Triton kernel, but for float64 the reference."""
+    kernel = _imported_on_first_call(triton)
+
+    def call(*args, **kwargs):
+        is_double = any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in tree_leaves(args))
+        return (reference if is_double else kernel)(*args, **kwargs)
+
+    return call
 
 
 def _imported_on_first_call(target: str) -> Callable:

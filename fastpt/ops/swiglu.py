@@ -23,12 +23,14 @@ _forward = register(
     reference=reference,
     fake=lambda gate, up: gate.new_empty(gate.shape),
     cost=lambda gate, up: Cost(nbytes(gate, up), nbytes(gate), 5 * gate.numel()),
+    triton="fastpt.kernels.swiglu:forward",
 )
 _backward = register(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     reference=reference_backward,
     fake=lambda grad, gate, up: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
     cost=lambda grad, gate, up: Cost(nbytes(grad, gate, up), nbytes(gate, up), 11 * gate.numel()),
+    triton="fastpt.kernels.swiglu:backward",
 )
 
 

@@ -1,0 +1,12 @@
+"""Launches by kernel, architecture and size, smallest limit first; written by benchmarks.tune_kernels on a GPU.
+
+{kernel: {arch: [(limit, fields of Launch), ...]}}; the last entry serves every larger size. An architecture without an
+entry takes the newest one below it: 80 also serves 86 and 89, 100 also 120, unless they need less shared memory.
+"""
+
+from __future__ import annotations
+
+TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
+    "swiglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
+    "swiglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
+}
