@@ -22,7 +22,6 @@ What is changed (all by monkeypatching triton.runtime.interpreter):
 import numpy as np
 import torch
 import triton
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -526,7 +525,7 @@ class TritonServes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         op = OPS.get(func.name().removeprefix("fastpt::").split(".")[0]) if func.namespace == "fastpt" else None
-        if op is None or op.triton is None or any(isinstance(t, FakeTensor) for t in _tensors(args)):
+        if op is None or op.triton is None or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in _tensors(args)):
             return func(*args, **(kwargs or {}))
         self.served.add(op.name)
         return op.triton(*args, **(kwargs or {}))
