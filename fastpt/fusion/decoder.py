@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastpt.fusion.layout import Layout
 from fastpt.fusion.pieces import Activation, Attention, Heads, Linears, Norm, keep, kept, product_dtype, raw
+from fastpt.fusion.tree import tree_flatten, tree_unflatten
 
 # The last piece, whose inner width is the largest, goes by so many tokens: what it needs for a moment does not grow with
 # the length of a row, and its blocks of memory are of one size and get used again.

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastpt.fusion.layout import Layout
 from fastpt.fusion.pieces import APPROXIMATIONS, Attention, Heads, Linears, keep, kept, product_dtype, raw
+from fastpt.fusion.tree import tree_flatten, tree_unflatten
 
 
 class LayerNorm(NamedTuple):

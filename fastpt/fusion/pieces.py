@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastpt.fusion.layout import Layout
+from fastpt.fusion.tree import tree_flatten, tree_unflatten
 from fastpt.ops import Layer
 
 raw = torch.ops.fastpt
