@@ -21,14 +21,13 @@ What is changed (all by monkeypatching triton.runtime.interpreter):
 
 import numpy as np
 import torch
-import triton
+import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime import autotuner as _at
+from triton.runtime import interpreter as _it
 
 from fastpt.ops._library import OPS
-import triton.language as tl
-from triton.runtime import interpreter as _it
-from triton.runtime import autotuner as _at
 
 _TH = _it.TensorHandle
 _installed = set()
@@ -183,6 +182,7 @@ def _install_libdevice():
     `from ... import tanh`) by functions on tl.tensor."""
     import math
     import sys
+
     from triton.language.extra import libdevice as ld
 
     erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -525,7 +525,11 @@ class TritonServes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         op = OPS.get(func.name().removeprefix("fastpt::").split(".")[0]) if func.namespace == "fastpt" else None
-        if op is None or op.triton is None or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in _tensors(args)):
+        if (
+            op is None
+            or op.triton is None
+            or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in _tensors(args))
+        ):
             return func(*args, **(kwargs or {}))
         self.served.add(op.name)
         return op.triton(*args, **(kwargs or {}))
