@@ -24,6 +24,25 @@ os.environ.setdefault(
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_generate_tests(metafunc):
+    """Where there is a GPU, the tests of the ops run on it too (`-m gpu`: on it alone)."""
+    import torch
+
+    if "ops" in metafunc.definition.path.parts and torch.cuda.is_available():
+        metafunc.fixturenames.append("default_device")
+        metafunc.parametrize("default_device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+
+
+@pytest.fixture
+def default_device(request):
+    """Tensors made without a device are made on this one."""
+    import torch
+
+    torch.set_default_device(request.param)
+    yield
+    torch.set_default_device(None)
+
+
 @pytest.fixture(autouse=True)
 def seeded_and_poisoned(request):
     import torch

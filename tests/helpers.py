@@ -55,7 +55,10 @@ def run_with_grads(
     wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not wanted:
         return list(outputs), []
-    grads = grads or [torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).double() for o in outputs]
+    grads = grads or [
+        torch.randn(o.shape, generator=torch.Generator().manual_seed(1), device="cpu").double().to(o.device)
+        for o in outputs
+    ]
     differentiable = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
     found = torch.autograd.grad(
         [o for o, _ in differentiable], wanted, [g for _, g in differentiable], allow_unused=True

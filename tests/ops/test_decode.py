@@ -32,7 +32,7 @@ OPTIONS = {
 def case(rows, *, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, has_bias=False, rank=0, norms=(0, 4), window=None,
          softcap=None, activation="silu", casts_first=True, rotary_dim=None):  # fmt: skip
     """Float64 arguments of the op, with caches that hold a few tokens of every slot."""
-    generator = torch.Generator().manual_seed(rows)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(rows)
 
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_filling_the_cache_is_what_steps_leave_there(dtype):
 )
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_logits(rows, width, vocabulary, has_bias, dtype):
-    generator = torch.Generator().manual_seed(width)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(width)
     hidden, weight = (torch.randn(n, width, generator=generator).to(dtype) for n in (rows, vocabulary))
     bias = torch.randn(vocabulary, generator=generator).to(dtype) if has_bias else None
     exact = logits_reference(hidden.double(), weight.double(), None if bias is None else bias.double())

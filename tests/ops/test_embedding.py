@@ -68,7 +68,9 @@ def test_tied_with_the_head_and_over_micro_batches():
     weight = torch.randn(60, 16)
     twins = [weight.clone().requires_grad_(), weight.double().requires_grad_()]
     for step in range(3):
-        ids, targets = torch.randint(60, (2, 20), generator=torch.Generator().manual_seed(step))
+        ids, targets = torch.randint(
+            60, (2, 20), generator=torch.Generator(torch.get_default_device()).manual_seed(step)
+        )
         linear_cross_entropy(embedding(ids, twins[0]), twins[0], targets).backward()
         F.cross_entropy(F.embedding(ids, twins[1]) @ twins[1].t(), targets).backward()
     torch.testing.assert_close(twins[0].grad.double(), twins[1].grad, rtol=1e-4, atol=1e-6)
