@@ -76,5 +76,6 @@ class Case:
     ]  # args of a call -> least bytes of forward and of backward, from OPS[...].cost
     bars: Bars
     flops: Callable[..., int] | None = None  # args of a call -> FLOPs of one forward product
-    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # {"Liger": function of the same arguments}
-    peer_args: Callable[..., tuple[Any, ...]] | None = None  # the call's arguments as the peers want them (layouts)
+    peers: Mapping[str, Callable[..., Any]] = field(
+        default_factory=dict
+    )  # {"Liger": same arguments, imports inside}
