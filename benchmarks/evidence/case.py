@@ -76,6 +76,4 @@ class Case:
     ]  # args of a call -> least bytes of forward and of backward, from OPS[...].cost
     bars: Bars
     flops: Callable[..., int] | None = None  # args of a call -> FLOPs of one forward product
-    peers: Mapping[str, Callable[..., Any]] = field(
-        default_factory=dict
-    )  # {"Liger": same arguments, imports inside}
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # {"Liger": same arguments, imports inside}
