@@ -10,7 +10,7 @@ STAMP := $(VENV)/.fastpt-installed
 MODEL := .cache/smollm2
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup demo test sanitize check lint format types evidence bench doctor clean
+.PHONY: help setup demo test sanitize check lint format types evidence bench gpu doctor clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,11 @@ types: $(STAMP) ## mypy
 
 bench: $(STAMP) $(MODEL)/config.json ## the training step against TRL and plain loops
 	$(PYTHON) -m benchmarks.train_step --model $(MODEL) --work packed --mode lora --peers fastpt,trl,trl+fuse,hf
+
+gpu: $(STAMP) $(MODEL)/config.json ## on a machine with a GPU: its tests, then kernels and training step against the peers, into benchmarks/results
+	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -m benchmarks.kernels --dtype bfloat16 --peers eager,compile,liger,unsloth,fla,cce,flash --json benchmarks/results/gpu_kernels.jsonl
+	$(PYTHON) -m benchmarks.train_step --model $(MODEL) --work packed --mode lora --peers fastpt,trl,trl+fuse,hf-compile --json benchmarks/results/gpu_lora_packed.jsonl
 
 doctor: $(STAMP) ## which kernels serve which op here, and what is missing
 	$(PYTHON) -m fastpt doctor

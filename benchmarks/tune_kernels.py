@@ -14,13 +14,13 @@ import pprint
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_cases
 from fastpt.kernels import launch as launches
 from fastpt.kernels.launch import Launch, is_valid
 from fastpt.kernels.launch_table import TABLE
@@ -115,7 +115,6 @@ def write_table(table: Mapping[str, Mapping[int, Entries]], file: Path) -> None:
 def step_of(case: Any, inputs: Any) -> Callable[[], list[Tensor]]:
     """Forward and backward of one call, returning outputs and gradients."""
     wanted = [a for a in inputs.args if isinstance(a, Tensor) and a.requires_grad]
-    torch.manual_seed(0)
     grads: list[Tensor] = []
 
     def step() -> list[Tensor]:
@@ -186,16 +185,15 @@ def main() -> None:
         sys.exit("tune_kernels times kernels on a GPU and torch sees none: run it where torch.cuda.is_available()")
     from triton.testing import do_bench
 
-    def make(*shape: int, grad: bool = False, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, device="cuda") * scale).to(dtype or torch.bfloat16).requires_grad_(grad)
-
-    folder = Path(__file__).parent / "evidence" / "cases"
-    stems = sorted(p.stem for p in folder.glob("*.py") if args.op in ("all", p.stem) and p.stem != "__init__")
+    stems = [stem for stem in gpu_cases.stems() if args.op in ("all", stem)]
     if not stems:
-        sys.exit(f"no cases for {args.op!r}: {', '.join(sorted(p.stem for p in folder.glob('*.py')))}")
+        sys.exit(f"no cases for {args.op!r}: {', '.join(gpu_cases.stems())}")
     major, minor = torch.cuda.get_device_capability()
-    cases = [case for stem in stems for case in import_module(f"benchmarks.evidence.cases.{stem}").CASES]
-    for row in tune(cases, make, 10 * major + minor, lambda f: do_bench(f, quantiles=[0.5])):
+    cases = [case for stem in stems for case in gpu_cases.of(stem)]
+    make = gpu_cases.make_on("cuda", torch.bfloat16)
+    with torch.device("cuda"):
+        report = tune(cases, make, 10 * major + minor, lambda f: do_bench(f, quantiles=[0.5]))
+    for row in report:
         print("{op} {inputs} {kernel} at {size}: {before_ms:.4f} -> {ms:.4f} ms, {launch}".format(**row))
     if not args.dry_run:
         write_table(TABLE, FILE)
