@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.evidence.case import Case, Inputs
 from benchmarks.harness import Case as Timed
-from benchmarks.harness import forward_backward
+from benchmarks.harness import forward_backward, wanted
 from fastpt.ops._library import Cost
 
 
@@ -47,14 +47,14 @@ def cases(op: str, device: str, dtype: torch.dtype, peers: str | None, *, toy: b
                 yield _timed(case, inputs, dtype, peers)
 
 
-def _timed(case: Case, inputs: Inputs, dtype: torch.dtype) -> Timed:
+def _timed(case: Case, inputs: Inputs, dtype: torch.dtype, peers: str | None) -> Timed:
     functions = {
         "fastpt": case.function,
         "eager": case.reference,
         "compile": torch.compile(case.reference),
         **case.peers,
     }
-    providers = {name: _provider(function, inputs) for name, function in functions.items()}
+    providers = {name: _provider(function, inputs) for name, function in wanted(functions, peers).items()}
     forward, backward = case.floor(*inputs.args, **inputs.kwargs)
     flops = 3 * case.flops(*inputs.args, **inputs.kwargs) if case.flops else 0
     there = {name: run for name, run in providers.items() if run is not None}
