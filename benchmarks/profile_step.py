@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks import harness, rows, toy
-from benchmarks.model_flops import Ceiling, nbytes_of, training_flops
+from benchmarks.model_flops import Ceiling, gemm_ceiling, nbytes_of, training_flops
 from benchmarks.peers import Fastpt, Job, save_adapter
 from benchmarks.train_step import versions
 
+WARM_UP = 2
 OUTSIDE = "Python and autograd, outside ops"
 
 
@@ -101,33 +102,40 @@ class Finished(BaseException):
 
 
 class Phases:
-    """Called after each step: one to warm up, then timed ones, then profiled ones, then one that is counted."""
+    """Called after each step: some to warm up, then timed ones, then profiled ones, then one that is counted.
+
+    The ceiling is measured between the timed steps, so that a machine that slows down or is shared does so to both.
+    """
 
     def __init__(self, steps: int, ceiling: Ceiling, flops_of_step: Callable[[], int]):
         self.steps, self.ceiling, self.flops_of_step = steps, ceiling, flops_of_step
         self.number = 0
         self.step_s: list[float] = []
+        self.ceilings: list[float] = []  # bf16 GFLOP/s
         self.profiled_s = 0.0
         self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True)
-        self.counter = Counter(ceiling)
         self._began = time.perf_counter()
 
     def after_step(self, loss: float, tokens: int) -> None:
         now, self.number = time.perf_counter(), self.number + 1
-        if 1 < self.number <= 1 + self.steps:
+        timed, profiled = WARM_UP + self.steps, WARM_UP + 2 * self.steps
+        if WARM_UP < self.number <= timed:
             self.step_s.append(now - self._began)
-        if self.number == 1 + self.steps:
+            self.ceilings.append(gemm_ceiling(is_bf16=True))
+        if self.number == timed:
+            self.ceiling = replace(self.ceiling, bf16_gflop_per_s=statistics.median(self.ceilings))
             self.profile.start()
-        if self.number == 1 + 2 * self.steps:
+        if self.number == profiled:
             self.profile.stop()
             self.profiled_s = (now - self._began_profile) / self.steps
+            self.counter = Counter(self.ceiling)
             self.counter.__enter__()
-        if self.number == 2 + 2 * self.steps:
+        if self.number == profiled + 1:
             self.counter.__exit__(None, None, None)
             self.model_flops = self.flops_of_step()
             raise Finished
         self._began = time.perf_counter()
-        if self.number == 1 + self.steps:
+        if self.number == timed:
             self._began_profile = self._began
 
     def families(self) -> dict[str, Family]:
@@ -151,11 +159,10 @@ def run(model: str, mode: str, examples: list[rows.Row], batch_rows: int, steps:
     peer.build()
     batch = job.batches[-1]
     lengths, kept = [len(row.input_ids) for row in batch], sum(sum(row.completion_mask[1:]) for row in batch)
-    ceiling = Ceiling.measure()
-    phases = Phases(steps, ceiling, lambda: training_flops(peer.model, lengths, kept))
+    phases = Phases(steps, Ceiling.measure(), lambda: training_flops(peer.model, lengths, kept))
     with suppress(Finished):
         peer.train(phases.after_step)
-    step_s, flops = statistics.median(phases.step_s), phases.model_flops
+    step_s, flops, ceiling = statistics.median(phases.step_s), phases.model_flops, phases.ceiling
     families = phases.families()
     return {
         "mode": mode, "tokens": sum(lengths), "step_s": step_s, "model_flops": flops, "ceiling": ceiling.record(),
@@ -220,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.toy:
             model, data = str(toy.write_model(Path(folder))), toy.write_data(Path(folder) / "toy.jsonl")
             options.seq, options.steps = 64, 2
-        count = options.batch * (2 + 2 * options.steps)
+        count = options.batch * (WARM_UP + 2 * options.steps + 1)
         examples = rows.load("packed", AutoTokenizer.from_pretrained(model), data, count=count, length=options.seq)
         about = {
             "work": "packed", "model": "toy" if options.toy else options.model, "batch": options.batch,
