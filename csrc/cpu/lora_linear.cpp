@@ -220,42 +220,66 @@ at::Tensor gemm_rows(const at::Tensor& x) {
   return is_odd ? at::constant_pad_nd(rows, {0, 1}) : rows;
 }
 
+// Rows [first, first + kPanel) of all panels.
 template <typename T>
-template <bool kTransposed, typename S>
-void Packed<T>::fill(int64_t p, const S* source, int64_t ld) {
-  T* panel = panel_0_ + p * even(depth_) * kPanel;
-  const int64_t columns = width(p);
-  source += kTransposed ? p * kPanel * ld : p * kPanel;
-  T block[kPanel * kPanel];
-  for (int64_t k = 0; k < depth_; k += kPanel) {  // even, so that pairs of bfloat16 stay together
-    const int64_t depth = std::min(kPanel, depth_ - k), step = kTransposed ? 1 : ld;
+template <typename S>
+void Packed<T>::fill_rows(int64_t first, const S* source, int64_t rows, int64_t ld) {
+  constexpr int64_t kStrip = 8;  // even, so that pairs of bfloat16 stay together
+  std::vector<T> strip(std::is_same_v<S, T> ? 0 : kStrip * columns_);
+  for (int64_t k = first; k < std::min(even(depth_), first + kPanel); k += kStrip) {
+    const int64_t depth = std::min(kStrip, even(depth_) - k), valid = std::clamp<int64_t>(rows - k, 0, depth);
     const T* from;
     int64_t ld_from = ld;
     if constexpr (std::is_same_v<S, T>) {
-      from = source + k * step;
+      from = source + k * ld;
     } else {
-      FASTPT_BY_ISA(convert_rows<S, T>)
-      (kTransposed ? columns : depth, kTransposed ? depth : columns, ld, source + k * step, 1.0f, kPanel, block);
-      from = block, ld_from = kPanel;
+      FASTPT_BY_ISA(convert_rows<S, T>)(valid, columns_, ld, source + k * ld, 1.0f, columns_, strip.data());
+      from = strip.data(), ld_from = columns_;
     }
-    T* to = panel + k * kPanel;
-    if constexpr (std::is_same_v<T, float>) {
-      if (kTransposed)
-        transpose(columns, depth, ld_from, kPanel, from, to);
+    for (int64_t p = 0; p < panels(); ++p, from += kPanel) {
+      T* to = panel_0_ + (p * even(depth_) + k) * kPanel;
+      if constexpr (std::is_same_v<T, float>)
+        for (int64_t r = 0; r < valid; ++r) std::copy_n(from + r * ld_from, width(p), to + r * kPanel);
       else
-        for (int64_t r = 0; r < depth; ++r) std::copy_n(from + r * ld_from, columns, to + r * kPanel);
-    } else {
-      if (kTransposed)
-        pack_vnni_transposed(depth, columns, ld_from, kPanel, from, to);
-      else
-        pack_vnni(depth, columns, ld_from, kPanel, from, to);
+        pack_vnni(valid, width(p), ld_from, kPanel, from, to);
+      const int64_t written = std::is_same_v<T, float> ? valid : even(valid);
+      std::fill(to + written * kPanel, to + depth * kPanel, T(0.0f));
     }
   }
 }
 
-#define FASTPT_FILL(T, S)                                              \
-  template void Packed<T>::fill<false, S>(int64_t, const S*, int64_t); \
-  template void Packed<T>::fill<true, S>(int64_t, const S*, int64_t);
+// Panel p, from kPanel rows of the source.
+template <typename T>
+template <typename S>
+void Packed<T>::fill_transposed(int64_t p, const S* source, int64_t ld) {
+  constexpr int64_t kStrip = 16, kDepth = 512;
+  T* panel = panel_0_ + p * even(depth_) * kPanel;
+  const auto transposed = [&](int64_t rows, int64_t depth, int64_t ld_from, const T* from, T* to) {
+    if constexpr (std::is_same_v<T, float>)
+      transpose(rows, depth, ld_from, kPanel, from, to);
+    else
+      pack_vnni_transposed(depth, rows, ld_from, kPanel, from, to);
+  };
+  source += p * kPanel * ld;
+  if constexpr (std::is_same_v<S, T>) {
+    transposed(width(p), depth_, ld, source, panel);
+  } else {
+    constexpr int64_t kPair = 2;  // a column is two bfloat16 of one word
+    T strip[kStrip * kDepth];
+    for (int64_t r = 0; r < width(p); r += kStrip) {
+      const int64_t rows = std::min(kStrip, width(p) - r);
+      for (int64_t k = 0; k < depth_; k += kDepth) {
+        const int64_t depth = std::min(kDepth, depth_ - k);
+        FASTPT_BY_ISA(convert_rows<S, T>)(rows, depth, ld, source + r * ld + k, 1.0f, kDepth, strip);
+        transposed(rows, depth, kDepth, strip, panel + k * kPanel + r * kPair);
+      }
+    }
+  }
+}
+
+#define FASTPT_FILL(T, S)                                                     \
+  template void Packed<T>::fill_rows<S>(int64_t, const S*, int64_t, int64_t); \
+  template void Packed<T>::fill_transposed<S>(int64_t, const S*, int64_t);
 FASTPT_FILL(float, float)
 FASTPT_FILL(c10::BFloat16, float)
 FASTPT_FILL(c10::BFloat16, c10::BFloat16)

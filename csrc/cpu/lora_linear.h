@@ -90,24 +90,31 @@ class Packed {
   int64_t width(int64_t p) const { return std::min(kPanel, columns_ - p * kPanel); }
   const T* panel(int64_t p) const { return panel_0_ + p * even(depth_) * kPanel; }
 
-  // Jobs that fill it from rows, B[k, n] = source[k, n], or from columns, B[k, n] = source[n, k]; source [.., ..] is of
-  // T or float32 and contiguous, and must outlive them.
-  void add_rows(Jobs& jobs, const at::Tensor& source) { add<false>(jobs, source); }
-  void add_transposed(Jobs& jobs, const at::Tensor& source) { add<true>(jobs, source); }
+  // Jobs that fill it from rows, B[k, n] = source[k, n] (zeros after the last one), or from columns, B[k, n] =
+  // source[n, k]; source [.., ..] is of T or float32 and contiguous, and must outlive them. Each reads whole rows.
+  void add_rows(Jobs& jobs, const at::Tensor& source) {
+    for (int64_t k = 0; k < even(depth_); k += kPanel)
+      add(jobs, source, [this, k](const auto* from, int64_t rows, int64_t ld) { fill_rows(k, from, rows, ld); });
+  }
+  void add_transposed(Jobs& jobs, const at::Tensor& source) {
+    for (int64_t p = 0; p < panels(); ++p)
+      add(jobs, source, [this, p](const auto* from, int64_t, int64_t ld) { fill_transposed(p, from, ld); });
+  }
 
  private:
-  template <bool kTransposed>
-  void add(Jobs& jobs, const at::Tensor& source) {
-    for (int64_t p = 0; p < panels(); ++p)
-      jobs.push_back([this, p, source] {
-        if (source.scalar_type() == c10::CppTypeToScalarType<T>::value)
-          fill<kTransposed>(p, source.const_data_ptr<T>(), source.size(1));
-        else
-          fill<kTransposed>(p, source.const_data_ptr<float>(), source.size(1));
-      });
+  template <typename Fill>
+  static void add(Jobs& jobs, const at::Tensor& source, Fill fill) {
+    jobs.push_back([source, fill] {
+      if (source.scalar_type() == c10::CppTypeToScalarType<T>::value)
+        fill(source.const_data_ptr<T>(), source.size(0), source.size(1));
+      else
+        fill(source.const_data_ptr<float>(), source.size(0), source.size(1));
+    });
   }
-  template <bool kTransposed, typename S>
-  void fill(int64_t p, const S* source, int64_t ld);
+  template <typename S>
+  void fill_rows(int64_t first, const S* source, int64_t rows, int64_t ld);
+  template <typename S>
+  void fill_transposed(int64_t p, const S* source, int64_t ld);
 
   int64_t depth_ = 0, columns_ = 0;
   at::Tensor data_;
