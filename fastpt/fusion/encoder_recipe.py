@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -48,14 +48,14 @@ class Names:
     mlp_dropout: str
     output_dropout: str | None = None
 
-    @property
+    @cached_property
     def paths(self) -> list[str]:
         """All parts, and the modules that hold them."""
         leaves = [*self.qkv, self.attention_dropout, self.output, self.norm, self.up, self.activation, self.down]
         leaves += [self.mlp_norm, self.mlp_dropout, *([self.output_dropout] if self.output_dropout else [])]
         return sorted({".".join(leaf.split(".")[:n]) for leaf in leaves for n in range(1, leaf.count(".") + 2)})
 
-    @property
+    @cached_property
     def containers(self) -> list[str]:
         paths = self.paths
         return [path for path in paths if any(other.startswith(f"{path}.") for other in paths)]
