@@ -95,19 +95,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_dropout_backward(const Tensor& grad
   if (!is_native(q) || softcap)
     return reference(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale, dropout_p,
                      seed);
-  const auto g = grad.contiguous(), qc = q.contiguous(), kc = k.contiguous(), vc = v.contiguous();
+  const auto g = grad.contiguous(), qc = q.contiguous(), kc = k.contiguous(), vc = v.contiguous(), l = lse.contiguous();
   auto dq = at::empty_like(qc), dk = at::empty_like(kc), dv = at::empty_like(vc);
   const auto common = described(q, k, causal, window, scale, dropout_p, seed);
   by_dtype(q, [&]<typename T>() {
     const auto kernel = FASTPT_BY_ISA(dropped_attention_backward_head<T>);
     const T *gp = g.const_data_ptr<T>(), *qp = qc.const_data_ptr<T>(), *kp = kc.const_data_ptr<T>(),
             *vp = vc.const_data_ptr<T>();
+    const float* lp = l.const_data_ptr<float>();
     T *dqp = dq.mutable_data_ptr<T>(), *dkp = dk.mutable_data_ptr<T>(), *dvp = dv.mutable_data_ptr<T>();
     for_each_head(q, k, cu_seqlens_q, cu_seqlens_k, common,
                   [&](const DroppedSequence& c, int64_t i, int64_t j, int64_t head, float* scratch) {
                     const int64_t row = i * c.heads_q + head * c.group, key = (j * c.heads_kv + head) * c.K;
-                    kernel(c, gp + row * c.K, qp + row * c.K, kp + key, vp + key, dqp + row * c.K, dkp + key, dvp + key,
-                           scratch);
+                    kernel(c, gp + row * c.K, qp + row * c.K, kp + key, vp + key, lp + row, dqp + row * c.K, dkp + key,
+                           dvp + key, scratch);
                   });
   });
   return {dq, dk, dv};

@@ -2,7 +2,8 @@
 // at once. For encoders in training, whose sequences are short; the scores of four queries are all that exists of [T,
 // T].
 
-constexpr int64_t kDepth = 16;  // products in one sum before it joins the others: sums of sums err less than one long sum
+constexpr int64_t kDepth =
+    16;  // products in one sum before it joins the others: sums of sums err less than one long sum
 
 // Rows of out, ld apart, = sum or += sum.
 FASTPT_INLINE void add_sums(bool is_first, int64_t ld, const float (&sum)[kQueries][kLanes], float* out) {
@@ -136,7 +137,7 @@ void dropped_attention_head(const DroppedSequence& c, const T* q, const T* k, co
 
 template <typename T>
 void dropped_attention_backward_head(const DroppedSequence& c, const T* grad, const T* q, const T* k, const T* v,
-                                     T* dq, T* dk, T* dv, float* scratch) {
+                                     const float* lse, T* dq, T* dk, T* dv, float* scratch) {
   const int64_t n = c.n(), K = c.width(), ld_q = c.heads_q * c.K, ld_k = c.heads_kv * c.K;
   float *keys = scratch, *keys_t = keys + n * K, *values = keys_t + n * K, *values_t = values + n * K,
         *dkeys = values_t + n * K, *dvalues = dkeys + n * K, *query = dvalues + n * K, *dout = query + kQueries * K,
@@ -159,21 +160,27 @@ void dropped_attention_backward_head(const DroppedSequence& c, const T* grad, co
         mask_scores(n, lo, hi, c.scale, score);
         const int64_t row = std::min(i + r, c.queries - 1);
         const uint32_t key = dropout_key(c.seed, c.first_row + row * c.heads_q + g);
-        // Summed once more: weights from the rounded lse would all err by up to half an ulp of it.
-        const float sum = exponentials(n, score).sum, inverse = hi > lo ? 1.0f / sum : 0.0f;
+        const float total = hi > lo ? lse[row * c.heads_q + g] : 0.0f;
         float* dweight = dp + r * n;
-        float deltas[kSumLanes] = {};  // weight times its gradient: closer than out times dout, which are rounded
+        float sums[kSumLanes] = {}, deltas[kSumLanes] = {};
         in_lanes(n, [&](int64_t j, int lane) __attribute__((always_inline)) {
-          const float p = score[j] * inverse;
+          const float p = exp_or_0(score[j] - total);
           const float kept = dropped_out(1.0f, key, static_cast<uint32_t>(j), c.dropout);
           weight[j] = p * kept;
           score[j] = p;
           dweight[j] *= kept;
+          sums[lane] += p;
           deltas[lane] += p * dweight[j];
         });
-        const float delta = added(deltas);
+        // The weights would add up to 1 but for the rounding of lse, which would show in all of them: divided by their
+        // sum. delta = weights times their gradients is closer than out times dout, both of which are rounded.
+        const float inverse = hi > lo ? 1.0f / added(sums) : 0.0f, delta = added(deltas) * inverse;
+        const float factor = c.scale * inverse;
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) score[j] *= (dweight[j] - delta) * c.scale;
+        for (int64_t j = 0; j < n; ++j) {
+          weight[j] *= inverse;
+          score[j] *= (dweight[j] - delta) * factor;
+        }
       }
       four_sums(n, c.keys, K, s, keys, result);
       for (int64_t r = 0; r < rows; ++r)

@@ -9,7 +9,8 @@ void layer_norm_rows(int64_t rows, int64_t D, const T* x, const float* weight, c
     in_lanes(D, [&](int64_t d, int lane) __attribute__((always_inline)) { sums[lane] += to_float(x[d]); });
     const float m = added(sums) / D;
     in_lanes(D, [&](int64_t d, int lane) __attribute__((always_inline)) {
-      squares[lane] += (to_float(x[d]) - m) * (to_float(x[d]) - m);
+      const float away = to_float(x[d]) - m;
+      squares[lane] += away * away;
     });
     const float r = 1.0f / std::sqrt(added(squares) / D + eps);
 #pragma omp simd

@@ -46,10 +46,12 @@ FASTPT_INLINE void in_lanes(int64_t n, const Add& add) {
   for (int lane = 0; i + lane < n; ++lane) add(i + lane, lane);
 }
 
-FASTPT_INLINE float added(float (&lanes)[kSumLanes]) {
-  for (int width = kSumLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
+FASTPT_INLINE float added(const float (&lanes)[kSumLanes]) {
+  typedef float floats4 __attribute__((vector_size(16)));
+  floats4 fours[4];
+  std::memcpy(fours, lanes, sizeof fours);
+  const floats4 sums = (fours[0] + fours[2]) + (fours[1] + fours[3]);
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 // e^x within 1.5 ulp of float32: x = n ln2 + r, a degree-6 polynomial on |r| <= ln2 / 2 (Cephes expf coefficients),

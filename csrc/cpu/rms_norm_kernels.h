@@ -15,9 +15,8 @@ void rms_norm_rows(int64_t rows, int64_t D, const T* x, const T* residual, const
       row = sum;
     }
     float squares[kSumLanes] = {};
-    in_lanes(D, [&](int64_t d, int lane) __attribute__((always_inline)) {
-      squares[lane] += to_float(row[d]) * to_float(row[d]);
-    });
+    in_lanes(D, [&](int64_t d, int lane)
+                    __attribute__((always_inline)) { squares[lane] += to_float(row[d]) * to_float(row[d]); });
     const float r = 1.0f / std::sqrt(added(squares) / D + eps);
     T* out = y + t * D;
 #pragma omp simd
@@ -36,9 +35,8 @@ void rms_norm_backward_rows(int64_t rows, int64_t D, const T* grad, const T* gra
                             const float* scale, T* dx, float* dweight) {
   for (int64_t t = 0; t < rows; ++t, grad += D, x += D, dx += D) {
     float dots[kSumLanes] = {};
-    in_lanes(D, [&](int64_t d, int lane) __attribute__((always_inline)) {
-      dots[lane] += to_float(grad[d]) * scale[d] * to_float(x[d]);
-    });
+    in_lanes(D, [&](int64_t d, int lane)
+                    __attribute__((always_inline)) { dots[lane] += to_float(grad[d]) * scale[d] * to_float(x[d]); });
     const float r = rstd[t], along = r * r * r * (added(dots) / D);
     if (grad_sum != nullptr) {
 #pragma omp simd
