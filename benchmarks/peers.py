@@ -243,7 +243,7 @@ class Fastpt(Peer):
                 after_step(record["loss"], record["tokens"])
 
         with tempfile.TemporaryDirectory() as folder:
-            fastpt.train(
+            run = fastpt.train(
                 model=self.model,
                 data={"path": [row._asdict() for row in self.job.rows], "shuffle": False},
                 objective=_tokenised_sft(),
@@ -256,6 +256,8 @@ class Fastpt(Peer):
                 callbacks=[Report()],
                 quiet=True,
             )
+        if run.status == "interrupted":  # the trainer saves and returns; a benchmark has no figures of half a run
+            raise SystemExit("stopped by a signal before the last step: nothing to report, run it again to the end")
 
 
 def _tokenised_sft() -> Any:

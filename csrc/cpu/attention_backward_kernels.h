@@ -21,7 +21,7 @@ void gradient_tile(const BackwardPanel<T>& p, int64_t row, int64_t lane, T* dsco
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v)
-      s[r][v] = power_of_2<T>(s[r][v] * splat(p.scale) - splat(p.lse[row + r]), kLog2E);
+      s[r][v] = power_of_2<T>(fused(s[r][v], splat(p.scale), splat(-p.lse[row + r])), kLog2E);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; r += 2)
 #pragma GCC unroll 8

@@ -2,31 +2,46 @@
 // at once. For encoders in training, whose sequences are short; the scores of four queries are all that exists of [T,
 // T].
 
+constexpr int64_t kDepth =
+    16;  // products in one sum before it joins the others: sums of sums err less than one long sum
+
+// Rows of out, ld apart, = sum or += sum.
+FASTPT_INLINE void add_sums(bool is_first, int64_t ld, const float (&sum)[kQueries][kLanes], float* out) {
+  for (int64_t r = 0; r < kQueries; ++r) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) out[r * ld + l] = sum[r][l] + (is_first ? 0.0f : out[r * ld + l]);
+  }
+}
+
 // s [kQueries, n] = a [kQueries, K] · bᵀ, with bᵀ given as [K, n]; n a multiple of kLanes.
 FASTPT_INLINE void four_scores(int64_t n, int64_t K, const float* a, const float* b_t, float* s) {
   for (int64_t j = 0; j < n; j += kLanes) {
-    float sum[kQueries][kLanes] = {};
-    for (int64_t d = 0; d < K; ++d) {
-      for (int64_t r = 0; r < kQueries; ++r) {
+    for (int64_t d0 = 0; d0 < K; d0 += kDepth) {
+      float sum[kQueries][kLanes] = {};
+      for (int64_t d = d0; d < std::min(K, d0 + kDepth); ++d) {
+        for (int64_t r = 0; r < kQueries; ++r) {
 #pragma omp simd
-        for (int64_t l = 0; l < kLanes; ++l) sum[r][l] += a[r * K + d] * b_t[d * n + j + l];
+          for (int64_t l = 0; l < kLanes; ++l) sum[r][l] += a[r * K + d] * b_t[d * n + j + l];
+        }
       }
+      add_sums(d0 == 0, n, sum, s + j);
     }
-    for (int64_t r = 0; r < kQueries; ++r) std::memcpy(s + r * n + j, sum[r], sizeof sum[r]);
   }
 }
 
 // out [kQueries, K] = s [kQueries, n] · b [keys, K]; K a multiple of kLanes.
 FASTPT_INLINE void four_sums(int64_t n, int64_t keys, int64_t K, const float* s, const float* b, float* out) {
   for (int64_t c = 0; c < K; c += kLanes) {
-    float sum[kQueries][kLanes] = {};
-    for (int64_t j = 0; j < keys; ++j) {
-      for (int64_t r = 0; r < kQueries; ++r) {
+    for (int64_t j0 = 0; j0 < keys; j0 += kDepth) {
+      float sum[kQueries][kLanes] = {};
+      for (int64_t j = j0; j < std::min(keys, j0 + kDepth); ++j) {
+        for (int64_t r = 0; r < kQueries; ++r) {
 #pragma omp simd
-        for (int64_t l = 0; l < kLanes; ++l) sum[r][l] += s[r * n + j] * b[j * K + c + l];
+          for (int64_t l = 0; l < kLanes; ++l) sum[r][l] += s[r * n + j] * b[j * K + c + l];
+        }
       }
+      add_sums(j0 == 0, K, sum, out + c);
     }
-    for (int64_t r = 0; r < kQueries; ++r) std::memcpy(out + r * K + c, sum[r], sizeof sum[r]);
   }
 }
 
@@ -35,9 +50,9 @@ FASTPT_INLINE void add_outer(int64_t n, int64_t keys, int64_t K, const float* s,
   for (int64_t j = 0; j < keys; ++j) {
 #pragma omp simd
     for (int64_t d = 0; d < K; ++d) {
-      float sum = out[j * K + d];
+      float sum = 0.0f;
       for (int64_t r = 0; r < kQueries; ++r) sum += s[r * n + j] * a[r * K + d];
-      out[j * K + d] = sum;
+      out[j * K + d] += sum;
     }
   }
 }
@@ -70,6 +85,22 @@ FASTPT_INLINE float exp_or_0(float x) {
   return x == -std::numeric_limits<float>::infinity() ? 0.0f : exp_f(x);
 }
 
+// A row of scores becomes e^(score - its maximum); `top` and `sum` of a row that sees nothing are 0.
+struct RowSum {
+  float top, sum;
+};
+FASTPT_INLINE RowSum exponentials(int64_t n, float* w) {
+  float top = -std::numeric_limits<float>::infinity(), sums[kSumLanes] = {};
+#pragma omp simd reduction(max : top)
+  for (int64_t j = 0; j < n; ++j) top = std::max(top, w[j]);
+  if (top == -std::numeric_limits<float>::infinity()) top = 0.0f;
+  in_lanes(n, [&](int64_t j, int lane) __attribute__((always_inline)) {
+    w[j] = exp_or_0(w[j] - top);
+    sums[lane] += w[j];
+  });
+  return {top, added(sums)};
+}
+
 template <typename T>
 void dropped_attention_head(const DroppedSequence& c, const T* q, const T* k, const T* v, T* out, float* lse,
                             float* scratch) {
@@ -89,15 +120,7 @@ void dropped_attention_head(const DroppedSequence& c, const T* q, const T* k, co
         const int64_t lo = c.first_key(i + r), hi = c.end_key(i + r);
         const uint32_t key = dropout_key(c.seed, c.first_row + (i + r) * c.heads_q + g);
         mask_scores(n, lo, hi, c.scale, w);
-        float top = -std::numeric_limits<float>::infinity(), sum = 0.0f;
-#pragma omp simd reduction(max : top)
-        for (int64_t j = 0; j < n; ++j) top = std::max(top, w[j]);
-        if (hi == lo) top = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < n; ++j) {
-          w[j] = exp_or_0(w[j] - top);
-          sum += w[j];
-        }
+        const auto [top, sum] = exponentials(n, w);
         const float inverse = hi > lo ? 1.0f / sum : 0.0f;
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) w[j] = dropped_out(w[j] * inverse, key, static_cast<uint32_t>(j), c.dropout);
@@ -139,18 +162,25 @@ void dropped_attention_backward_head(const DroppedSequence& c, const T* grad, co
         const uint32_t key = dropout_key(c.seed, c.first_row + row * c.heads_q + g);
         const float total = hi > lo ? lse[row * c.heads_q + g] : 0.0f;
         float* dweight = dp + r * n;
-        float delta = 0.0f;  // sum of weight times its gradient: closer than out times dout, both of which are rounded
-#pragma omp simd reduction(+ : delta)
-        for (int64_t j = 0; j < n; ++j) {
+        float sums[kSumLanes] = {}, deltas[kSumLanes] = {};
+        in_lanes(n, [&](int64_t j, int lane) __attribute__((always_inline)) {
           const float p = exp_or_0(score[j] - total);
           const float kept = dropped_out(1.0f, key, static_cast<uint32_t>(j), c.dropout);
           weight[j] = p * kept;
           score[j] = p;
           dweight[j] *= kept;
-          delta += p * dweight[j];
-        }
+          sums[lane] += p;
+          deltas[lane] += p * dweight[j];
+        });
+        // The weights would add up to 1 but for the rounding of lse, which would show in all of them: divided by their
+        // sum. delta = weights times their gradients is closer than out times dout, both of which are rounded.
+        const float inverse = hi > lo ? 1.0f / added(sums) : 0.0f, delta = added(deltas) * inverse;
+        const float factor = c.scale * inverse;
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) score[j] *= (dweight[j] - delta) * c.scale;
+        for (int64_t j = 0; j < n; ++j) {
+          weight[j] *= inverse;
+          score[j] *= (dweight[j] - delta) * factor;
+        }
       }
       four_sums(n, c.keys, K, s, keys, result);
       for (int64_t r = 0; r < rows; ++r)

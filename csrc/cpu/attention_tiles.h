@@ -88,15 +88,26 @@ FASTPT_INLINE float lane_sum(Floats x) {
   return x[0];
 }
 
+// a b + c, rounded once where the target can: GCC contracts the expression only from -O2 on.
+FASTPT_INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if FASTPT_ISA_LEVEL >= 2
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FASTPT_ISA_LEVEL == 1
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // c + a b, word by word.
 template <typename T>
 FASTPT_INLINE Floats multiply_add(Words a, Words b, Floats c) {
-  if constexpr (std::is_same_v<T, float>) return (Floats)a * (Floats)b + c;
+  if constexpr (std::is_same_v<T, float>) return fused((Floats)a, (Floats)b, c);
 #if FASTPT_ISA_LEVEL >= 3
   return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 #else
-  c = (Floats)(a << 16) * (Floats)(b << 16) + c;
-  return (Floats)(a & 0xffff0000u) * (Floats)(b & 0xffff0000u) + c;
+  c = fused((Floats)(a << 16), (Floats)(b << 16), c);
+  return fused((Floats)(a & 0xffff0000u), (Floats)(b & 0xffff0000u), c);
 #endif
 }
 
@@ -187,20 +198,21 @@ template <typename T>
 FASTPT_INLINE Floats power_of_2(Floats y, float factor) {
   constexpr float kMagic = 12582912.0f + 127.0f;  // adding it leaves n + 127 in the low bits
   y = larger(splat(-127.0f / factor), y);
-  const Floats shifted = y * splat(factor) + splat(kMagic), n = shifted - splat(kMagic), f = y * splat(factor) - n;
+  const Floats shifted = fused(y, splat(factor), splat(kMagic)), n = shifted - splat(kMagic);
+  const Floats f = fused(y, splat(factor), -n);
   Floats p;
   if constexpr (std::is_same_v<T, float>) {
-    p = splat(1.535336196e-4f) * f + splat(1.339887502e-3f);
-    p = p * f + splat(9.618436918e-3f);
-    p = p * f + splat(5.550332367e-2f);
-    p = p * f + splat(2.402264774e-1f);
-    p = p * f + splat(6.931471825e-1f);
+    p = fused(splat(1.535336196e-4f), f, splat(1.339887502e-3f));
+    p = fused(p, f, splat(9.618436918e-3f));
+    p = fused(p, f, splat(5.550332367e-2f));
+    p = fused(p, f, splat(2.402264774e-1f));
+    p = fused(p, f, splat(6.931471825e-1f));
   } else {
-    p = splat(9.582852945e-3f) * f + splat(5.590642616e-2f);
-    p = p * f + splat(2.402409911e-1f);
-    p = p * f + splat(6.931241751e-1f);
+    p = fused(splat(9.582852945e-3f), f, splat(5.590642616e-2f));
+    p = fused(p, f, splat(2.402409911e-1f));
+    p = fused(p, f, splat(6.931241751e-1f));
   }
-  p = p * f + splat(1.0f);
+  p = fused(p, f, splat(1.0f));
   return p * (Floats)((Words)shifted << 23);
 }
 

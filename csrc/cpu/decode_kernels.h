@@ -54,15 +54,14 @@ FASTPT_INLINE void weighted_values(int64_t keys, int64_t K, const float* weights
 inline float softmax_weights(int64_t first, int64_t keys, float softcap, float* scores) {
   if (softcap > 0)
     for (int64_t j = first; j < keys; ++j) scores[j] = softcap * tanh_f(scores[j] / softcap);
-  float top = -std::numeric_limits<float>::infinity(), sum = 0.0f;
+  float top = -std::numeric_limits<float>::infinity(), sums[kSumLanes] = {};
 #pragma omp simd reduction(max : top)
   for (int64_t j = first; j < keys; ++j) top = scores[j] > top ? scores[j] : top;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = first; j < keys; ++j) {
-    scores[j] = exp_f(scores[j] - top);
-    sum += scores[j];
-  }
-  return 1.0f / sum;
+  in_lanes(keys - first, [&](int64_t j, int lane) __attribute__((always_inline)) {
+    scores[first + j] = exp_f(scores[first + j] - top);
+    sums[lane] += scores[first + j];
+  });
+  return 1.0f / added(sums);
 }
 
 template <typename T, int Heads>

@@ -1,17 +1,18 @@
-// layer_norm on rows: float32 inside; sums run in vector lanes (omp simd), in an order that depends on D alone.
+// layer_norm on rows: float32 inside; sums run in lanes (math.h), in an order that depends on D alone.
 
 // The variance is taken about the mean in a second pass over the cached row: no cancellation.
 template <typename T>
 void layer_norm_rows(int64_t rows, int64_t D, const T* x, const float* weight, const float* bias, float eps, T* y,
                      float* mean, float* rstd) {
   for (int64_t t = 0; t < rows; ++t, x += D, y += D) {
-    float sum = 0.0f, squares = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < D; ++d) sum += to_float(x[d]);
-    const float m = sum / D;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t d = 0; d < D; ++d) squares += (to_float(x[d]) - m) * (to_float(x[d]) - m);
-    const float r = 1.0f / std::sqrt(squares / D + eps);
+    float sums[kSumLanes] = {}, squares[kSumLanes] = {};
+    in_lanes(D, [&](int64_t d, int lane) __attribute__((always_inline)) { sums[lane] += to_float(x[d]); });
+    const float m = added(sums) / D;
+    in_lanes(D, [&](int64_t d, int lane) __attribute__((always_inline)) {
+      const float away = to_float(x[d]) - m;
+      squares[lane] += away * away;
+    });
+    const float r = 1.0f / std::sqrt(added(squares) / D + eps);
 #pragma omp simd
     for (int64_t d = 0; d < D; ++d) y[d] = from_float<T>((to_float(x[d]) - m) * r * weight[d] + bias[d]);
     mean[t] = m;
@@ -26,14 +27,13 @@ void layer_norm_backward_rows(int64_t rows, int64_t D, const T* grad, const T* x
                               const float* weight, const T* grad_sum, T* dx, float* dweight, float* dbias) {
   for (int64_t t = 0; t < rows; ++t, grad += D, x += D, dx += D) {
     const float m = mean[t], r = rstd[t];
-    float sum = 0.0f, dot = 0.0f;
-#pragma omp simd reduction(+ : sum, dot)
-    for (int64_t d = 0; d < D; ++d) {
+    float sums[kSumLanes] = {}, dots[kSumLanes] = {};
+    in_lanes(D, [&](int64_t d, int lane) __attribute__((always_inline)) {
       const float g = to_float(grad[d]) * weight[d];
-      sum += g;
-      dot += g * ((to_float(x[d]) - m) * r);
-    }
-    const float shift = sum / D, along = dot / D;
+      sums[lane] += g;
+      dots[lane] += g * ((to_float(x[d]) - m) * r);
+    });
+    const float shift = added(sums) / D, along = added(dots) / D;
     if (grad_sum != nullptr) {
 #pragma omp simd
       for (int64_t d = 0; d < D; ++d)

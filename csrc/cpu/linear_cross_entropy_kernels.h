@@ -27,10 +27,9 @@ FASTPT_INLINE float cap_slope(float z, float softcap) {
 }
 
 FASTPT_INLINE float lane_sum(int64_t columns, const float* x) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < columns; ++c) sum += x[c];
-  return sum;
+  float sums[kSumLanes] = {};
+  in_lanes(columns, [&](int64_t c, int lane) __attribute__((always_inline)) { sums[lane] += x[c]; });
+  return added(sums);
 }
 
 // Two rows of values rounded to T: as rows of a matrix (first, second; may be null) and as a row pair of the B operand
@@ -178,10 +177,9 @@ void scale_to(int64_t n, float a, const T* x, T* y) {
 
 template <typename T>
 float dot(int64_t n, const T* x, const float* y) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += to_float(x[i]) * y[i];
-  return sum;
+  float sums[kSumLanes] = {};
+  in_lanes(n, [&](int64_t i, int lane) __attribute__((always_inline)) { sums[lane] += to_float(x[i]) * y[i]; });
+  return added(sums);
 }
 
 // x[j, c] *= factor[c] for rows kBlock apart.

@@ -31,6 +31,29 @@ FASTPT_INLINE bf16 from_float<bf16>(float x) {
   return out;
 }
 
+// A long sum goes into kSumLanes sums, term i into lane i % kSumLanes, that are added in pairs at the end: written out,
+// so that its chains are short and its order is the same at every instruction set and where nothing is vectorised.
+constexpr int kSumLanes = 16;
+
+// Calls add(i, lane of i) for i < n.
+template <typename Add>
+FASTPT_INLINE void in_lanes(int64_t n, const Add& add) {
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kSumLanes; ++lane) add(i + lane, lane);
+  }
+  for (int lane = 0; i + lane < n; ++lane) add(i + lane, lane);
+}
+
+FASTPT_INLINE float added(const float (&lanes)[kSumLanes]) {
+  typedef float floats4 __attribute__((vector_size(16)));
+  floats4 fours[4];
+  std::memcpy(fours, lanes, sizeof fours);
+  const floats4 sums = (fours[0] + fours[2]) + (fours[1] + fours[3]);
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+
 // e^x within 1.5 ulp of float32: x = n ln2 + r, a degree-6 polynomial on |r| <= ln2 / 2 (Cephes expf coefficients),
 // scaled by 2^n in two steps so that subnormal results are right and those beyond the range become infinite. The clamps
 // are written so that each is one instruction (std::max and std::min make three) and a NaN passes through.

@@ -1,5 +1,5 @@
-// rms_norm on rows: float32 inside, `scale` is offset + weight in float32. Sums run in vector lanes (omp simd), in an
-// order that depends on D alone, so a row's result does not depend on the rows around it.
+// rms_norm on rows: float32 inside, `scale` is offset + weight in float32. Sums run in lanes (math.h), in an order that
+// depends on D alone, so a row's result does not depend on the rows around it.
 
 // With Adds, s = x + residual is rounded, stored, and what is normed.
 template <typename T, bool Adds, bool CastsFirst>
@@ -14,10 +14,10 @@ void rms_norm_rows(int64_t rows, int64_t D, const T* x, const T* residual, const
       for (int64_t d = 0; d < D; ++d) sum[d] = from_float<T>(to_float(row[d]) + to_float(other[d]));
       row = sum;
     }
-    float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t d = 0; d < D; ++d) squares += to_float(row[d]) * to_float(row[d]);
-    const float r = 1.0f / std::sqrt(squares / D + eps);
+    float squares[kSumLanes] = {};
+    in_lanes(D, [&](int64_t d, int lane)
+                    __attribute__((always_inline)) { squares[lane] += to_float(row[d]) * to_float(row[d]); });
+    const float r = 1.0f / std::sqrt(added(squares) / D + eps);
     T* out = y + t * D;
 #pragma omp simd
     for (int64_t d = 0; d < D; ++d) {
@@ -34,10 +34,10 @@ template <typename T>
 void rms_norm_backward_rows(int64_t rows, int64_t D, const T* grad, const T* grad_sum, const T* x, const float* rstd,
                             const float* scale, T* dx, float* dweight) {
   for (int64_t t = 0; t < rows; ++t, grad += D, x += D, dx += D) {
-    float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t d = 0; d < D; ++d) dot += to_float(grad[d]) * scale[d] * to_float(x[d]);
-    const float r = rstd[t], along = r * r * r * (dot / D);
+    float dots[kSumLanes] = {};
+    in_lanes(D, [&](int64_t d, int lane)
+                    __attribute__((always_inline)) { dots[lane] += to_float(grad[d]) * scale[d] * to_float(x[d]); });
+    const float r = rstd[t], along = r * r * r * (added(dots) / D);
     if (grad_sum != nullptr) {
 #pragma omp simd
       for (int64_t d = 0; d < D; ++d)

@@ -1,6 +1,8 @@
 """The tools behind docs/cpu.md at toy size: what they count is right, and what they print comes from their records."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -65,6 +67,20 @@ def test_profile_counts_every_op_of_a_step(tmp_path, capsys):
         assert sum(op["seconds"] for op in record["ops"]) == pytest.approx(record["step_s"], rel=0.02)
         assert sum(op["flops"] for op in record["ops"]) >= 0.9 * record["model_flops"] > 0
         assert f"{record['tokens'] / record['step_s']:.0f} tokens/s" in told
+
+
+@needs_native
+def test_a_profile_that_is_stopped_says_so(monkeypatch):
+    after_step = profile_step.Phases.after_step
+
+    def stopped(phases, loss, tokens):
+        after_step(phases, loss, tokens)
+        if phases.number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(profile_step.Phases, "after_step", stopped)
+    with pytest.raises(SystemExit, match="stopped by a signal"):
+        profile_step.main(["--toy", "--mode", "full"])
 
 
 def test_long_rows_are_compared_with_the_first_length(tmp_path, monkeypatch):

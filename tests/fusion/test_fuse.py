@@ -20,12 +20,17 @@ def tokens(*shape):
     return torch.randint(3, 250, shape)
 
 
+# What transformers notes on a class the first time it is asked whether the class can change its attention: a memo, no patch.
+MEMO = "_can_set_attn_implementation_cached_value"
+
+
 def snapshot(model):
     """Everything that remove() has to put back."""
     modules = dict(model.named_modules())
+    kinds = {type(module) for module in modules.values()} | {nn.Module, nn.Linear}
     return {
         "instances": {path: dict(module.__dict__) for path, module in modules.items()},
-        "classes": {kind: dict(vars(kind)) for kind in {type(m) for m in modules.values()} | {nn.Module, nn.Linear}},
+        "classes": {kind: {k: v for k, v in vars(kind).items() if k != MEMO} for kind in kinds},
         "configs": {path: dict(m.config.__dict__) for path, m in modules.items() if hasattr(m, "config")},
         "sys.modules": dict(sys.modules),
         "training": {path: module.training for path, module in modules.items()},
