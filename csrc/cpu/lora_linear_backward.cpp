@@ -15,7 +15,7 @@
 namespace fastpt {
 namespace {
 
-constexpr int64_t kTokens = 512;  // depth of one step of a product over tokens: its operands stay in L2
+constexpr int64_t kTokens = 256;  // depth of one step of a product over tokens: its operands stay in L2
 
 // Which gradients are wanted of one projection.
 struct Wants {
@@ -290,9 +290,10 @@ class Backward {
   void weight_rows(size_t i, int64_t o, const Packed<T>& x) {
     const int64_t rows = std::min(kRows, projections_[i].out() - o);
     float* dweight = out_.weights[i].mutable_data_ptr<float>() + o * width();
-    for (int64_t t = 0; t < padded_; t += kTokens)
+    const int64_t step = padded_ <= 2 * kTokens ? padded_ : kTokens;  // few tokens in one go: sums are stored once
+    for (int64_t t = 0; t < padded_; t += step)
       for (int64_t p = 0; p < x.panels(); ++p)
-        multiply<T>(rows, x.width(p), std::min(kTokens, padded_ - t), padded_, data(operands_[i].grad_t, o) + t,
+        multiply<T>(rows, x.width(p), std::min(step, padded_ - t), padded_, data(operands_[i].grad_t, o) + t,
                     x.panel(p) + t * kPanel, t > 0, width(), dweight + p * kPanel);
   }
 
