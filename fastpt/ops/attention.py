@@ -135,7 +135,7 @@ def _kept(q: Tensor, k: Tensor, rows: slice, weights: Tensor, dropout_p: float, 
     """What dropout multiplies the weights [Hkv, G, Tq, Tk] of one sequence by: row (token, head), column the key's place."""
     heads, length = q.shape[1], weights.shape[-1]
     drawn = factors(rows.stop * heads, length, dropout_p, seed, q.device)[rows.start * heads :]
-    return drawn.view(-1, k.shape[1], heads // k.shape[1], length).permute(1, 2, 0, 3).to(weights.dtype)
+    return drawn.view(len(q[rows]), k.shape[1], heads // k.shape[1], length).permute(1, 2, 0, 3).to(weights.dtype)
 
 
 def _empty_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
