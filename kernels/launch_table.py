@@ -12,4 +12,8 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
     "attention_forward": {80: [(64, {"rows": 128, "columns": 64, "warps": 4, "stages": 2}), (256, {"rows": 64, "columns": 32, "warps": 4, "stages": 2})]},
     "attention_forward_grouped": {80: [(64, {"rows": 256, "columns": 64, "warps": 8, "stages": 2}), (256, {"rows": 64, "columns": 32, "warps": 4, "stages": 2})]},
     "attention_forward_float32": {80: [(256, {"rows": 32, "columns": 32, "warps": 4, "stages": 1})]},
+    "attention_dq": {80: [(64, {"rows": 128, "columns": 64, "warps": 8, "stages": 2}), (256, {"rows": 64, "columns": 32, "warps": 4, "stages": 2})]},
+    "attention_dkdv": {80: [(64, {"rows": 64, "columns": 128, "warps": 8, "stages": 2}), (256, {"rows": 32, "columns": 64, "warps": 4, "stages": 1})]},
+    "attention_dq_float32": {80: [(256, {"rows": 32, "columns": 32, "warps": 4, "stages": 1})]},
+    "attention_dkdv_float32": {80: [(256, {"rows": 32, "columns": 32, "warps": 4, "stages": 1})]},
 }

@@ -175,6 +175,7 @@ _forward = register(
     reference=reference,
     fake=_empty_outputs,
     cost=_cost,
+    triton="fastpt.kernels.attention:forward",
 )
 _backward = register(
     f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
@@ -182,6 +183,7 @@ _backward = register(
     reference=reference_backward,
     fake=lambda grad, q, k, v, *_: _empty_gradients(q, k, v),
     cost=_cost_backward,
+    triton="fastpt.kernels.attention_backward:backward",
 )
 
 # With dropout of the weights. Ops of their own: encoders use them in training, on short sequences, and their kernel is another.
@@ -190,6 +192,7 @@ _dropout_forward = register(
     reference=reference,
     fake=_empty_outputs,
     cost=lambda *args: _cost(*args[:-2]),
+    triton="fastpt.kernels.attention:forward",
 )
 _dropout_backward = register(
     "attention_dropout_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -197,6 +200,7 @@ _dropout_backward = register(
     reference=reference_backward,
     fake=lambda grad, q, k, v, *_: _empty_gradients(q, k, v),
     cost=lambda *args: _cost_backward(*args[:-2]),
+    triton="fastpt.kernels.attention_backward:backward",
 )
 
 
