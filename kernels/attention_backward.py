@@ -136,7 +136,10 @@ def _add_dkdv(
         token, head, inside = begin + row // GROUP, head_k * GROUP + row % GROUP, row < length * GROUP
         q = load_rows(q_ptr, token, head, inside, stride_qt, stride_qh, DIM, PADDED)
         lse = tl.load(row_lse_ptr + row, mask=inside, other=float("inf"))
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        if BASE2:
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        else:  # forward's product, to the last bit
+            scores = tl.trans(tl.dot(q, tl.trans(k), input_precision="ieee"))
         if SOFTCAP:
             scores = tanh(scores * into_cap)
         weights = raised(scores * factor - lse[None, :], BASE2)
