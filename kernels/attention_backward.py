@@ -24,6 +24,7 @@ from .attention_tiles import (
     raised,
     row_range,
     sees,
+    sees_one,
     store_rows,
     tanh,
 )
@@ -56,6 +57,8 @@ def _add_dq(
             kept = is_kept(row_key[:, None], key[None, :], threshold)
             dweights = tl.where(kept, dweights * kept_scale, 0.0)
         dscores = weights * (dweights - delta[:, None])
+        if DROPOUT:
+            dscores = tl.where(sees_one(queries, keys, window, CAUSAL, WINDOW)[:, None], 0.0, dscores)
         if SOFTCAP:
             dscores *= 1.0 - scores * scores
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
@@ -144,7 +147,9 @@ def _add_dkdv(
             scores = tanh(scores * into_cap)
         weights = raised(scores * factor - lse[None, :], BASE2)
         if MASKED:
-            weights = tl.where(sees((row // GROUP + shift)[None, :], key[:, None], window, CAUSAL, WINDOW), weights, 0.0)
+            weights = tl.where(
+                sees((row // GROUP + shift)[None, :], key[:, None], window, CAUSAL, WINDOW), weights, 0.0
+            )
         grad = load_rows(grad_ptr, token, head, inside, stride_gt, stride_gh, DIM, PADDED)
         dweights = tl.dot(v, tl.trans(grad), input_precision="ieee")
         kept_weights = weights
@@ -156,6 +161,9 @@ def _add_dkdv(
         dv = tl.dot(kept_weights.to(grad.dtype), grad, dv, input_precision="ieee")
         delta = tl.load(row_delta_ptr + row, mask=inside, other=0.0)
         dscores = weights * (dweights - delta[None, :])
+        if DROPOUT:
+            lone = sees_one(row // GROUP + shift, length + shift, window, CAUSAL, WINDOW)
+            dscores = tl.where(lone[None, :], 0.0, dscores)
         if SOFTCAP:
             dscores *= 1.0 - scores * scores
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")

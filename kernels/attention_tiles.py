@@ -57,9 +57,20 @@ def sees(query, key, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def key_range(
-    first, last, keys, window, KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
-):  # fmt: skip
+def sees_one(query, keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether a query sees a single key: the gradient of its score is exactly 0, which dp - delta would miss by a rounding
+    of out once dropout has scaled it."""
+    low, high = query * 0, query * 0 + keys - 1
+    if WINDOW:
+        low = tl.maximum(low, query - window + 1)
+        high = tl.minimum(high, query + window - 1)
+    if CAUSAL:
+        high = tl.minimum(high, query)
+    return low == high
+
+
+@triton.jit
+def key_range(first, last, keys, window, KEYS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """(low, full_low, full_high, high) for queries from `first` to `last`: keys that some of them see, and in the middle
     whole tiles of KEYS that all of them see, which need no mask."""
     low, high, full_low, full_high = keys * 0, keys, keys * 0, keys
