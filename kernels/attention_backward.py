@@ -9,7 +9,6 @@ A tile's rows hold all query heads of its key head, so dk and dv come out summed
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

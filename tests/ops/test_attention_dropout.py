@@ -162,6 +162,6 @@ def test_wrong_inputs_are_named():
     qkv = leaves(5, 1, 1, 4)
     with pytest.raises(RuntimeError, match="dropout_p is -1"):
         attention(*qkv, dropout_p=-1.0)
+    qkv = [x.double() for x in qkv]  # the reference's: a GPU kernel cannot raise for values that it alone sees
     with pytest.raises(RuntimeError, match="rise from 0 to the 5"):
-        qkv = [x.double() for x in qkv]  # the reference's: a GPU kernel cannot raise for values that it alone sees
         attention(*qkv, cu_seqlens_q=cu(2, 2), dropout_p=0.1)
