@@ -79,7 +79,9 @@ def _served(module: str, op: str, device: str) -> Row:
     return Row(module, op, serving_kernel(op, device), "")
 
 
-def _attention(module: str, op: str, weight: Tensor, head_dim: int, window: object = None, softcap: object = None) -> Row:
+def _attention(
+    module: str, op: str, weight: Tensor, head_dim: int, window: object = None, softcap: object = None
+) -> Row:
     """Attention over activations of a weight's dtype: on a GPU any of several kernels may serve it."""
     if not weight.is_cuda:
         return _served(module, op, weight.device.type)

@@ -54,7 +54,7 @@ def choose(call: Call, missing: Mapping[str, str]) -> Choice:
 
     `missing`: why a kernel is not there, by its name; one that is not named is there.
     """
-    against = []
+    against: list[str] = []
     for name in (*FLASH_ATTENTION, TRITON):
         why_not = missing.get(name) or (_unfit_triton(call) if name == TRITON else _unfit(FLASH_ATTENTION[name], call))
         if why_not is None:

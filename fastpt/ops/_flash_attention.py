@@ -49,7 +49,10 @@ def _why_missing(name: str) -> str | None:
         return "not installed" if functions.module.startswith(error.name or "-") else f"cannot be imported: {error}"
     except ImportError as error:
         return f"cannot be imported: {error}"
-    for function, takes in ((functions.forward, functions.takes), (functions.backward, functions.takes | {"deterministic"})):
+    for function, takes in (
+        (functions.forward, functions.takes),
+        (functions.backward, functions.takes | {"deterministic"}),
+    ):
         lacking = takes - _parameters(getattr(module, function, None))
         if lacking:
             return f"{function} of this version takes no {', '.join(sorted(lacking))}"

@@ -16,7 +16,7 @@ from fastpt.ops._attention_choice import FLASH_ATTENTION, REFERENCE, TRITON, Cal
 from fastpt.ops.attention import reference, reference_backward
 
 BF16 = torch.bfloat16
-NOTHING = {name: "not installed" for name in FLASH_ATTENTION}
+NOTHING = dict.fromkeys(FLASH_ATTENTION, "not installed")
 
 
 @pytest.mark.parametrize(
@@ -68,69 +68,79 @@ def test_what_is_missing_here(monkeypatch):
     flash.missing.cache_clear()
 
 
+# The functions of each generation: its argument names, the reference's arithmetic, lse as [H, T].
+
+
+def _options(causal, window_size_left, window_size_right, softcap, softmax_scale):
+    assert window_size_right in ((0, -1) if causal else (window_size_left,))
+    window = None if window_size_left < 0 else window_size_left + 1
+    return causal, window, softcap or None, softmax_scale
+
+
+def _run(q, k, v, cu_seqlens_q, cu_seqlens_k, *tail):
+    out, lse = reference(q, k, v, cu_seqlens_q, cu_seqlens_k, *_options(*tail))
+    return out, lse.t().contiguous()
+
+
+def _run_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *tail):
+    assert lse.shape == (q.shape[1], q.shape[0])
+    return reference_backward(dout, q, k, v, out, lse.t(), cu_seqlens_q, cu_seqlens_k, *_options(*tail))
+
+
+def _forward_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+              window_size_left=-1, window_size_right=-1, softcap=0.0):  # fmt: skip
+    assert (max_seqlen_q, max_seqlen_k, dropout_p) == (len(q), len(k), 0.0)
+    return *_run(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size_left, window_size_right, softcap,
+                softmax_scale), None, None  # fmt: skip
+
+
+def _backward_2(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+               dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+               deterministic):  # fmt: skip
+    assert deterministic
+    found = _run_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, causal, window_size_left,
+                         window_size_right, softcap, softmax_scale)  # fmt: skip
+    for target, value in zip((dq, dk, dv), found, strict=True):
+        target.copy_(value)
+
+
+def _forward_3(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+              softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0):  # fmt: skip
+    return *_run(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size_left, window_size_right, softcap,
+                softmax_scale), None, None  # fmt: skip
+
+
+def _backward_3(dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+               max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+               window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False):  # fmt: skip
+    _backward_2(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+               0.0, softmax_scale, is_causal, window_size_left, window_size_right, softcap, None, deterministic)  # fmt: skip
+
+
+def _forward_4(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+              softmax_scale=None, causal=False, softcap=None, window_size_left=None, window_size_right=None,
+              return_lse=False):  # fmt: skip
+    assert return_lse
+    return _forward_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+                     *(-1 if side is None else side for side in (window_size_left, window_size_right)),
+                     softcap)[:2]  # fmt: skip
+
+
+def _backward_4(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+               window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+               deterministic=False):  # fmt: skip
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    sides = (-1 if side is None else side for side in (window_size_left, window_size_right))
+    _backward_2(dout, q, k, v, out, lse, *gradients, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0,
+               softmax_scale, causal, *sides, softcap, None, deterministic)  # fmt: skip
+    return tuple(gradients)
+
+
 def _stand_in(name):
-    """A module with a generation's two functions: its argument names, the reference's arithmetic, lse as [H, T]."""
-
-    def options(causal, window_size_left, window_size_right, softcap, softmax_scale):
-        assert window_size_right in ((0, -1) if causal else (window_size_left,))
-        window = None if window_size_left < 0 else window_size_left + 1
-        return causal, window, softcap or None, softmax_scale
-
-    def run(q, k, v, cu_seqlens_q, cu_seqlens_k, *tail):
-        out, lse = reference(q, k, v, cu_seqlens_q, cu_seqlens_k, *options(*tail))
-        return out, lse.t().contiguous()
-
-    def run_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *tail):
-        assert lse.shape == (q.shape[1], q.shape[0])
-        return reference_backward(dout, q, k, v, out, lse.t(), cu_seqlens_q, cu_seqlens_k, *options(*tail))
-
-    def forward_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
-                  window_size_left=-1, window_size_right=-1, softcap=0.0):  # fmt: skip
-        assert (max_seqlen_q, max_seqlen_k, dropout_p) == (len(q), len(k), 0.0)
-        return *run(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size_left, window_size_right, softcap,
-                    softmax_scale), None, None  # fmt: skip
-
-    def backward_2(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                   dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
-                   deterministic):  # fmt: skip
-        assert deterministic
-        found = run_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, causal, window_size_left,
-                             window_size_right, softcap, softmax_scale)  # fmt: skip
-        for target, value in zip((dq, dk, dv), found, strict=True):
-            target.copy_(value)
-
-    def forward_3(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-                  softmax_scale=None, causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0):  # fmt: skip
-        return *run(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_size_left, window_size_right, softcap,
-                    softmax_scale), None, None  # fmt: skip
-
-    def backward_3(dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
-                   max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
-                   window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False):  # fmt: skip
-        backward_2(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                   0.0, softmax_scale, is_causal, window_size_left, window_size_right, softcap, None, deterministic)  # fmt: skip
-
-    def forward_4(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-                  softmax_scale=None, causal=False, softcap=None, window_size_left=None, window_size_right=None,
-                  return_lse=False):  # fmt: skip
-        assert return_lse
-        return forward_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                         *(-1 if side is None else side for side in (window_size_left, window_size_right)),
-                         softcap)[:2]  # fmt: skip
-
-    def backward_4(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-                   window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-                   deterministic=False):  # fmt: skip
-        gradients = [torch.empty_like(x) for x in (q, k, v)]
-        sides = (-1 if side is None else side for side in (window_size_left, window_size_right))
-        backward_2(dout, q, k, v, out, lse, *gradients, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0,
-                   softmax_scale, causal, *sides, softcap, None, deterministic)  # fmt: skip
-        return tuple(gradients)
-
     generation, functions = name[-1], flash.FUNCTIONS[name]
     module = ModuleType(functions.module)
-    setattr(module, functions.forward, locals()[f"forward_{generation}"])
-    setattr(module, functions.backward, locals()[f"backward_{generation}"])
+    setattr(module, functions.forward, globals()[f"_forward_{generation}"])
+    setattr(module, functions.backward, globals()[f"_backward_{generation}"])
     return module
 
 
@@ -150,7 +160,9 @@ def test_flash_attention_gets_the_ops_arguments(name, lengths, options, monkeypa
     tail = bounds, None, *options, None, 0.3
     out, lse = flash.forward(name, q, k, v, *tail)
     expected = reference(q, k, v, *tail)
-    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1]) and lse.is_contiguous()
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+    assert lse.is_contiguous()
     got = flash.backward(name, grad, q, k, v, out, lse, *tail)
     for a, b in zip(got, reference_backward(grad, q, k, v, out, lse, *tail), strict=True):
         assert torch.equal(a, b)
