@@ -66,7 +66,7 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_dq(
-    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, row_lse_ptr, row_delta_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, rows_ptr,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_dqt, scale, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, into_cap, factor, window,
     seed_low, seed_high, threshold, kept_scale,
@@ -91,8 +91,8 @@ def attention_dq(
         if BASE2:
             lse *= 1.4426950408889634
         at = head_k.to(tl.int64) * tokens_q * GROUP + tl.cast(begin, tl.int64) * GROUP + row
-        tl.store(row_lse_ptr + at, lse, mask=inside)
-        tl.store(row_delta_ptr + at, delta, mask=inside)
+        tl.store(rows_ptr + at, lse, mask=inside)
+        tl.store(rows_ptr + tl.num_programs(1).to(tl.int64) * tokens_q * GROUP + at, delta, mask=inside)
 
         q = load_rows(q_ptr, token, head, inside, stride_qt, stride_qh, DIM, PADDED)
         k_at = k_ptr + begin_k.to(tl.int64) * stride_kt + head_k.to(tl.int64) * stride_kh
@@ -126,7 +126,7 @@ def attention_dq(
 
 @triton.jit
 def _add_dkdv(
-    dk, dv, k, v, grad_ptr, q_ptr, row_lse_ptr, row_delta_ptr, stride_gt, stride_gh, stride_qt, stride_qh,
+    dk, dv, k, v, grad_ptr, q_ptr, rows_ptr, to_delta, stride_gt, stride_gh, stride_qt, stride_qh,
     begin, head_k, length, low, high, shift, key, into_cap, factor, window, seed_low, seed_high, threshold, kept_scale,
     ROWS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, BASE2: tl.constexpr,
@@ -137,7 +137,7 @@ def _add_dkdv(
         row = start + tl.arange(0, ROWS)
         token, head, inside = begin + row // GROUP, head_k * GROUP + row % GROUP, row < length * GROUP
         q = load_rows(q_ptr, token, head, inside, stride_qt, stride_qh, DIM, PADDED)
-        lse = tl.load(row_lse_ptr + row, mask=inside, other=float("inf"))
+        lse = tl.load(rows_ptr + row, mask=inside, other=float("inf"))
         if BASE2:
             scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         else:  # forward's product, to the last bit
@@ -150,15 +150,16 @@ def _add_dkdv(
                 sees((row // GROUP + shift)[None, :], key[:, None], window, CAUSAL, WINDOW), weights, 0.0
             )
         grad = load_rows(grad_ptr, token, head, inside, stride_gt, stride_gh, DIM, PADDED)
-        dweights = tl.dot(v, tl.trans(grad), input_precision="ieee")
         kept_weights = weights
         if DROPOUT:
             row_key = row_keys(token.to(tl.int64) * HEADS + head, seed_low, seed_high)
             kept = is_kept(row_key[None, :], key[:, None], threshold)
             kept_weights = tl.where(kept, weights, 0.0)
-            dweights = tl.where(kept, dweights * kept_scale, 0.0)
         dv = tl.dot(kept_weights.to(grad.dtype), grad, dv, input_precision="ieee")
-        delta = tl.load(row_delta_ptr + row, mask=inside, other=0.0)
+        dweights = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        if DROPOUT:
+            dweights = tl.where(kept, dweights * kept_scale, 0.0)
+        delta = tl.load(rows_ptr + to_delta + row, mask=inside, other=0.0)
         dscores = weights * (dweights - delta[None, :])
         if DROPOUT:
             lone = sees_one(row // GROUP + shift, length + shift, window, CAUSAL, WINDOW)
@@ -171,7 +172,7 @@ def _add_dkdv(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_dkdv(
-    grad_ptr, q_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr, row_lse_ptr, row_delta_ptr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr, rows_ptr,
     stride_gt, stride_gh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dkt, stride_dvt,
     scale, cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, into_cap, factor, window,
     seed_low, seed_high, threshold, kept_scale,
@@ -193,26 +194,25 @@ def attention_dkdv(
         low, full_low, full_high, high = row_range(
             first_key, last_key, length, shift, window, ROWS, GROUP, CAUSAL, WINDOW
         )
-        rows_at = head_k.to(tl.int64) * tokens_q * GROUP + tl.cast(begin, tl.int64) * GROUP
-        row_lse_ptr += rows_at
-        row_delta_ptr += rows_at
+        rows_ptr += head_k.to(tl.int64) * tokens_q * GROUP + tl.cast(begin, tl.int64) * GROUP
+        to_delta = tl.num_programs(1).to(tl.int64) * tokens_q * GROUP
         dk, dv = tl.zeros((KEYS, PADDED), tl.float32), tl.zeros((KEYS, PADDED), tl.float32)
         if CAUSAL or WINDOW:
             dk, dv = _add_dkdv(
-                dk, dv, k, v, grad_ptr, q_ptr, row_lse_ptr, row_delta_ptr, stride_gt, stride_gh, stride_qt, stride_qh,
+                dk, dv, k, v, grad_ptr, q_ptr, rows_ptr, to_delta, stride_gt, stride_gh, stride_qt, stride_qh,
                 begin, head_k, length, low, full_low, shift, key, into_cap, factor, window,
                 seed_low, seed_high, threshold, kept_scale,
                 ROWS, HEADS, GROUP, DIM, PADDED, CAUSAL, WINDOW, SOFTCAP, DROPOUT, BASE2, True,
             )  # fmt: skip
         dk, dv = _add_dkdv(
-            dk, dv, k, v, grad_ptr, q_ptr, row_lse_ptr, row_delta_ptr, stride_gt, stride_gh, stride_qt, stride_qh,
+            dk, dv, k, v, grad_ptr, q_ptr, rows_ptr, to_delta, stride_gt, stride_gh, stride_qt, stride_qh,
             begin, head_k, length, full_low, full_high, shift, key, into_cap, factor, window,
             seed_low, seed_high, threshold, kept_scale,
             ROWS, HEADS, GROUP, DIM, PADDED, CAUSAL, WINDOW, SOFTCAP, DROPOUT, BASE2, False,
         )  # fmt: skip
         if WINDOW:
             dk, dv = _add_dkdv(
-                dk, dv, k, v, grad_ptr, q_ptr, row_lse_ptr, row_delta_ptr, stride_gt, stride_gh, stride_qt, stride_qh,
+                dk, dv, k, v, grad_ptr, q_ptr, rows_ptr, to_delta, stride_gt, stride_gh, stride_qt, stride_qh,
                 begin, head_k, length, full_high, high, shift, key, into_cap, factor, window,
                 seed_low, seed_high, threshold, kept_scale,
                 ROWS, HEADS, GROUP, DIM, PADDED, CAUSAL, WINDOW, SOFTCAP, DROPOUT, BASE2, True,
@@ -236,20 +236,20 @@ def backward(
     lse = lse.contiguous()
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     rows, heads_k = q.shape[0] * problem.group, k.shape[1]
-    row_lse, row_delta = lse.new_empty((2, heads_k, rows))
+    per_row = lse.new_empty((2, heads_k, rows))  # lse, delta
     strides = [stride for x in (grad, q, k, v) for stride in x.stride()[:2]]
     with on_device(q):
         if dq.numel() > 0 and heads_k > 0:
             launch = launch_of("attention_dq", q)
             attention_dq[(tiles(rows, launch.rows, problem), heads_k)](
-                grad, q, k, v, out, lse, dq, row_lse, row_delta, *strides, *out.stride()[:2], dq.stride(0),
+                grad, q, k, v, out, lse, dq, per_row, *strides, *out.stride()[:2], dq.stride(0),
                 scale, *problem.arguments, **problem.constants, ROWS=launch.rows, KEYS=launch.columns,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
         if dk.numel() > 0:
             launch = launch_of("attention_dkdv", q)
             attention_dkdv[(tiles(k.shape[0], launch.columns, problem), heads_k)](
-                grad, q, k, v, dk, dv, row_lse, row_delta, *strides, dk.stride(0), dv.stride(0),
+                grad, q, k, v, dk, dv, per_row, *strides, dk.stride(0), dv.stride(0),
                 scale, *problem.arguments, **problem.constants, ROWS=launch.rows, KEYS=launch.columns,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip

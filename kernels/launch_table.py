@@ -54,16 +54,16 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
         80: [
             (64, {"rows": 128, "columns": 64, "warps": 8, "stages": 2}),
             (128, {"rows": 128, "columns": 32, "warps": 8, "stages": 2}),
-            (256, {"rows": 64, "columns": 32, "warps": 8, "stages": 1}),
+            (256, {"rows": 32, "columns": 32, "warps": 4, "stages": 1}),
         ],
         90: [
             (128, {"rows": 128, "columns": 64, "warps": 8, "stages": 2}),
-            (256, {"rows": 64, "columns": 32, "warps": 8, "stages": 2}),
+            (256, {"rows": 128, "columns": 32, "warps": 8, "stages": 2}),
         ],
         120: [
             (64, {"rows": 128, "columns": 64, "warps": 8, "stages": 2}),
             (128, {"rows": 128, "columns": 32, "warps": 8, "stages": 2}),
-            (256, {"rows": 64, "columns": 32, "warps": 8, "stages": 1}),
+            (256, {"rows": 32, "columns": 32, "warps": 4, "stages": 1}),
         ],
     },
     "attention_dq_float32": {
@@ -76,21 +76,21 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
         80: [
             (64, {"rows": 32, "columns": 128, "warps": 8, "stages": 2}),
             (128, {"rows": 64, "columns": 64, "warps": 8, "stages": 2}),
-            (256, {"rows": 32, "columns": 64, "warps": 8, "stages": 1}),
+            (256, {"rows": 32, "columns": 32, "warps": 8, "stages": 2}),
         ],
         90: [
             (64, {"rows": 64, "columns": 128, "warps": 8, "stages": 2}),
-            (128, {"rows": 32, "columns": 128, "warps": 8, "stages": 1}),
-            (256, {"rows": 32, "columns": 64, "warps": 8, "stages": 2}),
+            (128, {"rows": 32, "columns": 128, "warps": 8, "stages": 2}),
+            (256, {"rows": 32, "columns": 32, "warps": 8, "stages": 2}),
         ],
         100: [
             (128, {"rows": 64, "columns": 128, "warps": 8, "stages": 2}),
-            (256, {"rows": 32, "columns": 64, "warps": 8, "stages": 2}),
+            (256, {"rows": 32, "columns": 32, "warps": 8, "stages": 2}),
         ],
         120: [
             (64, {"rows": 32, "columns": 128, "warps": 8, "stages": 2}),
             (128, {"rows": 64, "columns": 64, "warps": 8, "stages": 2}),
-            (256, {"rows": 32, "columns": 64, "warps": 8, "stages": 1}),
+            (256, {"rows": 32, "columns": 32, "warps": 8, "stages": 2}),
         ],
     },
     "attention_dkdv_float32": {
