@@ -66,7 +66,7 @@ def attention_forward(
         head_k = tl.program_id(1)
         row = first_row + tl.arange(0, ROWS)
         token, head, inside = begin + row // GROUP, head_k * GROUP + row % GROUP, row < length * GROUP
-        q = load_rows(q_ptr, token, head, inside, stride_qt, stride_qh, DIM, PADDED)
+        q = load_rows(q_ptr, begin, first_row, head_k, inside, stride_qt, stride_qh, ROWS, GROUP, DIM, PADDED)
         k_at = k_ptr + begin_k.to(tl.int64) * stride_kt + head_k.to(tl.int64) * stride_kh
         v_at = v_ptr + begin_k.to(tl.int64) * stride_vt + head_k.to(tl.int64) * stride_vh
         k_at += tl.arange(0, KEYS)[:, None] * stride_kt + tl.arange(0, PADDED)[None, :]
@@ -99,7 +99,7 @@ def attention_forward(
         blind = total == 0.0  # sees no key
         total = tl.where(blind, 1.0, total)
         weighted = weighted * (kept_scale / total)[:, None]
-        store_rows(out_ptr, token, head, inside, weighted, stride_ot, DIM, PADDED)
+        store_rows(out_ptr, begin, first_row, head_k, inside, weighted, stride_ot, ROWS, GROUP, DIM, PADDED)
         lse = (peak + tl.log2(total)) * 0.6931471805599453 if BASE2 else peak + tl.log(total)
         lse_at = lse_ptr + token.to(tl.int64) * HEADS + head
         tl.store(lse_at, tl.where(blind, float("inf"), lse), mask=inside)
@@ -110,7 +110,7 @@ def forward(
     window: int | None, softcap: float | None, scale: float, dropout_p: float = 0.0, seed: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     problem = problem_of(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale, dropout_p, seed)
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     if out.numel() > 0 and k.shape[1] > 0:

@@ -74,8 +74,9 @@ def launch_of(kernel: str, q: Tensor, group: int = 1) -> Launch:
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """x itself unless its last dimension is strided."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """x itself unless its last dimension is strided, or the offsets within a tile would not fit 32 bits."""
+    fits = 256 * x.stride(0) + x.shape[1] * x.stride(1) < 2**31
+    return x if fits and (x.stride(-1) == 1 or x.shape[-1] == 1) else x.contiguous()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:

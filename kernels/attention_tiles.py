@@ -140,17 +140,37 @@ def load_tile(at, inside, dim, DIM: tl.constexpr, PADDED: tl.constexpr, MASKED: 
 
 
 @triton.jit
-def load_rows(base, token, head, inside, stride_t, stride_h, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """[rows, PADDED] of base[token, head, :DIM], zeros where not inside."""
-    dim = tl.arange(0, PADDED)
-    at = base + (token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h)[:, None] + dim[None, :]
-    return load_tile(at, inside, dim, DIM, PADDED, True)
+def rows_at(
+    base, begin, first, head_k, stride_t, stride_h, ROWS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
+    """Pointers [ROWS, PADDED] to base[token, head] of the rows from `first`, a multiple of ROWS, of a sequence."""
+    local, dim = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    if ROWS % GROUP == 0:  # every tile begins at a token: one pattern of offsets, in 32 bits, serves all of a loop
+        base += (begin + first // GROUP).to(tl.int64) * stride_t + (head_k * GROUP).to(tl.int64) * stride_h
+        offsets = local // GROUP * stride_t + local % GROUP * stride_h
+    else:
+        row = first + local
+        offsets = (begin + row // GROUP).to(tl.int64) * stride_t
+        offsets += (head_k * GROUP + row % GROUP).to(tl.int64) * stride_h
+    return base + offsets[:, None] + dim[None, :]
 
 
 @triton.jit
-def store_rows(base, token, head, inside, values, stride_t, DIM: tl.constexpr, PADDED: tl.constexpr):
+def load_rows(
+    base, begin, first, head_k, inside, stride_t, stride_h,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, PADDED] of base[token, head, :DIM], zeros where not inside."""
+    at = rows_at(base, begin, first, head_k, stride_t, stride_h, ROWS, GROUP, PADDED)
+    return load_tile(at, inside, tl.arange(0, PADDED), DIM, PADDED, True)
+
+
+@triton.jit
+def store_rows(
+    base, begin, first, head_k, inside, values, stride_t,
+    ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
     """base[token, head, :DIM] = values, of a tensor whose heads lie next to each other."""
-    dim = tl.arange(0, PADDED)
-    at = base + (token.to(tl.int64) * stride_t + head * DIM)[:, None] + dim[None, :]
-    mask = inside[:, None] & (dim < DIM)[None, :] if DIM < PADDED else inside[:, None]
+    at = rows_at(base, begin, first, head_k, stride_t, DIM, ROWS, GROUP, PADDED)
+    mask = inside[:, None] & (tl.arange(0, PADDED) < DIM)[None, :] if DIM < PADDED else inside[:, None]
     tl.store(at, values.to(base.dtype.element_ty), mask=mask)
