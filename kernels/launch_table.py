@@ -75,7 +75,7 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
     "attention_dkdv": {
         80: [
             (64, {"rows": 32, "columns": 128, "warps": 8, "stages": 2}),
-            (128, {"rows": 64, "columns": 64, "warps": 8, "stages": 2}),
+            (128, {"rows": 32, "columns": 64, "warps": 8, "stages": 2}),
             (256, {"rows": 32, "columns": 32, "warps": 8, "stages": 2}),
         ],
         90: [
@@ -89,7 +89,7 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
         ],
         120: [
             (64, {"rows": 32, "columns": 128, "warps": 8, "stages": 2}),
-            (128, {"rows": 64, "columns": 64, "warps": 8, "stages": 2}),
+            (128, {"rows": 32, "columns": 64, "warps": 8, "stages": 2}),
             (256, {"rows": 32, "columns": 32, "warps": 8, "stages": 2}),
         ],
     },
