@@ -79,7 +79,7 @@ def test_not_worse_than_eager(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 2, 8), (33, 2, 5), (17, 2, 64), (130, 3, 80)])
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 2, 8), (33, 2, 5), (17, 2, 64), (130, 1, 80)])
 def test_shapes(tokens, heads, dim, dtype):
     check_against_eager(
         lambda *x: attention(*x, causal=False, dropout_p=0.2, seed=SEED),
