@@ -9,4 +9,94 @@ from __future__ import annotations
 TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
     "swiglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
     "swiglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
+    # rows x columns: query rows x keys of a tile; the limit is the padded head size. See kernels/attention_tiles.py.
+    "attention_forward": {
+        80: [
+            (64, {"rows": 128, "columns": 64, "warps": 8, "stages": 3}),
+            (128, {"rows": 128, "columns": 32, "warps": 8, "stages": 3}),
+            (256, {"rows": 64, "columns": 32, "warps": 8, "stages": 2}),
+        ],
+        90: [
+            (64, {"rows": 128, "columns": 64, "warps": 8, "stages": 3}),
+            (128, {"rows": 128, "columns": 64, "warps": 8, "stages": 2}),
+            (256, {"rows": 128, "columns": 32, "warps": 8, "stages": 2}),
+        ],
+        120: [
+            (64, {"rows": 128, "columns": 64, "warps": 8, "stages": 3}),
+            (128, {"rows": 128, "columns": 32, "warps": 8, "stages": 3}),
+            (256, {"rows": 64, "columns": 32, "warps": 8, "stages": 2}),
+        ],
+    },
+    "attention_forward_grouped": {  # two rows to a token at least: twice the rows mask no more of the diagonal
+        80: [
+            (64, {"rows": 256, "columns": 32, "warps": 8, "stages": 2}),
+            (128, {"rows": 128, "columns": 32, "warps": 8, "stages": 3}),
+            (256, {"rows": 64, "columns": 32, "warps": 8, "stages": 2}),
+        ],
+        90: [
+            (64, {"rows": 256, "columns": 64, "warps": 8, "stages": 2}),
+            (128, {"rows": 128, "columns": 64, "warps": 8, "stages": 2}),
+            (256, {"rows": 128, "columns": 32, "warps": 8, "stages": 2}),
+        ],
+        120: [
+            (64, {"rows": 256, "columns": 32, "warps": 8, "stages": 2}),
+            (128, {"rows": 128, "columns": 32, "warps": 8, "stages": 3}),
+            (256, {"rows": 64, "columns": 32, "warps": 8, "stages": 2}),
+        ],
+    },
+    "attention_forward_float32": {
+        80: [
+            (64, {"rows": 32, "columns": 32, "warps": 8, "stages": 1}),
+            (256, {"rows": 16, "columns": 16, "warps": 8, "stages": 1}),
+        ]
+    },
+    "attention_dq": {
+        80: [
+            (64, {"rows": 128, "columns": 64, "warps": 8, "stages": 2}),
+            (128, {"rows": 128, "columns": 32, "warps": 8, "stages": 2}),
+            (256, {"rows": 32, "columns": 32, "warps": 4, "stages": 1}),
+        ],
+        90: [
+            (128, {"rows": 128, "columns": 64, "warps": 8, "stages": 2}),
+            (256, {"rows": 128, "columns": 32, "warps": 8, "stages": 2}),
+        ],
+        120: [
+            (64, {"rows": 128, "columns": 64, "warps": 8, "stages": 2}),
+            (128, {"rows": 128, "columns": 32, "warps": 8, "stages": 2}),
+            (256, {"rows": 32, "columns": 32, "warps": 4, "stages": 1}),
+        ],
+    },
+    "attention_dq_float32": {
+        80: [
+            (64, {"rows": 32, "columns": 32, "warps": 8, "stages": 1}),
+            (256, {"rows": 16, "columns": 16, "warps": 8, "stages": 1}),
+        ]
+    },
+    "attention_dkdv": {
+        80: [
+            (64, {"rows": 32, "columns": 128, "warps": 8, "stages": 2}),
+            (128, {"rows": 32, "columns": 64, "warps": 8, "stages": 2}),
+            (256, {"rows": 32, "columns": 32, "warps": 8, "stages": 2}),
+        ],
+        90: [
+            (64, {"rows": 64, "columns": 128, "warps": 8, "stages": 2}),
+            (128, {"rows": 32, "columns": 128, "warps": 8, "stages": 2}),
+            (256, {"rows": 32, "columns": 32, "warps": 8, "stages": 2}),
+        ],
+        100: [
+            (128, {"rows": 64, "columns": 128, "warps": 8, "stages": 2}),
+            (256, {"rows": 32, "columns": 32, "warps": 8, "stages": 2}),
+        ],
+        120: [
+            (64, {"rows": 32, "columns": 128, "warps": 8, "stages": 2}),
+            (128, {"rows": 32, "columns": 64, "warps": 8, "stages": 2}),
+            (256, {"rows": 32, "columns": 32, "warps": 8, "stages": 2}),
+        ],
+    },
+    "attention_dkdv_float32": {
+        80: [
+            (64, {"rows": 32, "columns": 32, "warps": 8, "stages": 1}),
+            (256, {"rows": 16, "columns": 16, "warps": 8, "stages": 1}),
+        ]
+    },
 }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastpt.fusion.blocks import Recipe
 from fastpt.fusion.encoder_recipe import EncoderRecipe, dropout_of
 from fastpt.fusion.patch import Patch, patch_of
+from fastpt.fusion.pieces import product_dtype
 from fastpt.fusion.projection import NotFusable
+from fastpt.ops._attention_gpu import call_of, serving
 from fastpt.ops._library import serving_kernel
 
 if TYPE_CHECKING:
@@ -20,7 +22,10 @@ GATED = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu"}
 
 
 class Row(NamedTuple):
-    """One part: `op` and `kernel` are empty, and `reason` says why, when its original code runs."""
+    """One part: `op` and `kernel` are empty, and `reason` says why, when its original code runs.
+
+    Where several kernels could serve an op, `reason` says why those before this one do not.
+    """
 
     module: str
     op: str
@@ -48,7 +53,7 @@ def rows_of(handle: Handle) -> list[Row]:
                 Row(name, "", "", f"last call: {reason}") if reason else _served(name, "linear_cross_entropy", device)
             )
         if path in handle.backbones:
-            rows.append(_served(f"{path} attention".strip(), "attention", device))
+            rows.append(_attention_of(path, handle.backbones[path][0], handle.model))
         if isinstance(recipe, Recipe) and patch is not None:
             covered.update(module.modules())
             rows += _block_rows(path, module, recipe, patch, device)
@@ -74,6 +79,23 @@ def _served(module: str, op: str, device: str) -> Row:
     return Row(module, op, serving_kernel(op, device), "")
 
 
+def _attention(
+    module: str, op: str, weight: Tensor, head_dim: int, window: object = None, softcap: object = None
+) -> Row:
+    """Attention over activations of a weight's dtype: on a GPU any of several kernels may serve it."""
+    if not weight.is_cuda:
+        return _served(module, op, weight.device.type)
+    dtype, dropout_p = product_dtype(weight.dtype, weight.device), float(op == "attention_dropout")
+    return Row(module, op, *serving(call_of(weight.device, dtype, head_dim, window, softcap, dropout_p)))
+
+
+def _attention_of(path: str, config: Any, model: nn.Module) -> Row:
+    """The one of a whole model, from its config."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    options = getattr(config, "sliding_window", None), getattr(config, "attn_logit_softcapping", None)
+    return _attention(f"{path} attention".strip(), "attention", next(model.parameters()), head_dim, *options)
+
+
 def _block_rows(path: str, block: nn.Module, recipe: Recipe, patch: Patch, device: str) -> list[Row]:
     try:
         recipe.read_weights(block, next(p.dtype for p in block.parameters() if p.dim() == 1))
@@ -85,7 +107,9 @@ def _block_rows(path: str, block: nn.Module, recipe: Recipe, patch: Patch, devic
     rows = [_served(f"{path}.{recipe.norm.name}", "rms_norm", device)]
     rows += [_served(f"{attention}.{name}", "lora_linear", device) for name in recipe.qkv]
     rows += [_served(f"{attention}.{norm.name}", "rms_norm", device) for norm in (recipe.q_norm, recipe.k_norm) if norm]
-    rows += [_served(attention, "rope", device), _served(attention, "attention", device)]
+    window = getattr(block._modules[recipe.attention], "sliding_window", None)
+    options = next(block.parameters()), recipe.head_dim, window, recipe.softcap
+    rows += [_served(attention, "rope", device), _attention(attention, "attention", *options)]
     rows.append(_served(f"{attention}.{recipe.output}", "lora_linear", device))
     rows += [_served(f"{path}.{n.name}", "rms_norm", device) for n in (recipe.after_attention, recipe.after_mlp) if n]
     rows.append(_served(f"{path}.{recipe.mlp_norm.name}", "add_rms_norm", device))
@@ -104,7 +128,8 @@ def _encoder_rows(path: str, block: nn.Module, recipe: EncoderRecipe, patch: Pat
     if patch.fallback:
         return [Row(path, "", "", f"last call: {patch.fallback}")]
     rows = [_served(f"{path}.{name}", "lora_linear", device) for name in names.qkv]
-    rows.append(_served(f"{path}.{names.attention}", "attention_dropout" if drops else "attention", device))
+    op, weight = "attention_dropout" if drops else "attention", next(block.parameters())
+    rows.append(_attention(f"{path}.{names.attention}", op, weight, recipe.head_dim))
     ops = {names.output: "lora_linear", names.norm: "add_layer_norm", names.up: "lora_linear"}
     ops |= {names.activation: "bias_gelu", names.down: "lora_linear", names.mlp_norm: "add_layer_norm"}
     return rows + [_served(f"{path}.{name}", op, device) for name, op in ops.items()]

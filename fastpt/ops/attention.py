@@ -135,7 +135,7 @@ def _kept(q: Tensor, k: Tensor, rows: slice, weights: Tensor, dropout_p: float, 
     """What dropout multiplies the weights [Hkv, G, Tq, Tk] of one sequence by: row (token, head), column the key's place."""
     heads, length = q.shape[1], weights.shape[-1]
     drawn = factors(rows.stop * heads, length, dropout_p, seed, q.device)[rows.start * heads :]
-    return drawn.view(-1, k.shape[1], heads // k.shape[1], length).permute(1, 2, 0, 3).to(weights.dtype)
+    return drawn.view(len(q[rows]), k.shape[1], heads // k.shape[1], length).permute(1, 2, 0, 3).to(weights.dtype)
 
 
 def _empty_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
@@ -175,6 +175,7 @@ _forward = register(
     reference=reference,
     fake=_empty_outputs,
     cost=_cost,
+    triton="fastpt.ops._attention_gpu:forward",
 )
 _backward = register(
     f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
@@ -182,14 +183,17 @@ _backward = register(
     reference=reference_backward,
     fake=lambda grad, q, k, v, *_: _empty_gradients(q, k, v),
     cost=_cost_backward,
+    triton="fastpt.ops._attention_gpu:backward",
 )
 
-# With dropout of the weights. Ops of their own: encoders use them in training, on short sequences, and their kernel is another.
+# With dropout of the weights. Ops of their own: encoders use them in training, on short sequences, and their CPU kernel is
+# another.
 _dropout_forward = register(
     f"attention_dropout(Tensor q, Tensor k, Tensor v, {_OPTIONS}, float dropout_p, int seed) -> (Tensor, Tensor)",
     reference=reference,
     fake=_empty_outputs,
     cost=lambda *args: _cost(*args[:-2]),
+    triton="fastpt.ops._attention_gpu:forward",
 )
 _dropout_backward = register(
     "attention_dropout_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -197,6 +201,7 @@ _dropout_backward = register(
     reference=reference_backward,
     fake=lambda grad, q, k, v, *_: _empty_gradients(q, k, v),
     cost=lambda *args: _cost_backward(*args[:-2]),
+    triton="fastpt.ops._attention_gpu:backward",
 )
 
 
@@ -252,7 +257,8 @@ def attention(
     causal: keys up to there. window: keys less than `window` away. softcap c: c tanh(score / c). scale: K ** -0.5.
     Numerics: scores, softmax and sums in float32; probabilities and their gradient enter the second product in q's
     dtype. A query that sees no key gets zeros. A token's output does not depend on its neighbours in the pack.
-    Raises: RuntimeError when shapes, dtypes or cu_seqlens do not fit.
+    Raises: RuntimeError when shapes, dtypes or cu_seqlens do not fit; a GPU kernel holds wrong values of cu_seqlens within
+    the tensors instead, since to look at them would be to wait for it.
     Source: Dao 2023, https://arxiv.org/abs/2307.08691.
     """
     if cu_seqlens_k is cu_seqlens_q:  # torch.compile refuses one tensor twice

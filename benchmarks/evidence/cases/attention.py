@@ -1,0 +1,96 @@
+"""attention: masks, packs, groups, dropout; Llama's and Gemma's head sizes; the shape of the peers' figures, MHA and GQA 4:1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.evidence.case import Bars, Case, Inputs, Make
+from fastpt.ops import attention
+from fastpt.ops._library import OPS
+from fastpt.ops.attention import _pairs, reference
+
+KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, seed: int = 0, **options) -> Tensor:
+    return reference(q, k, v, *_tail(q, **options), dropout_p, seed)[0]
+
+
+def _tail(q, *, cu_seqlens_q=None, cu_seqlens_k=None, causal=True, window=None, softcap=None, scale=None) -> tuple:
+    """The raw op's arguments after k and v."""
+    return cu_seqlens_q, cu_seqlens_k, causal, window, softcap, q.shape[2] ** -0.5 if scale is None else scale
+
+
+def _inputs(make: Make, name: str, tokens: int, heads: int, heads_k: int, dim: int, **options) -> Inputs:
+    q = make(tokens, heads, dim, grad=True)
+    k, v = (make(tokens, heads_k, dim, grad=True) for _ in range(2))
+    return Inputs(f"{tokens}x{heads}:{heads_k}x{dim}{name}", (q, k, v), options)
+
+
+def _pack(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def numbers(make: Make) -> Iterator[Inputs]:
+    pack = {"cu_seqlens_q": _pack(150, 1, 0, 64, 17)}
+    yield _inputs(make, ", packed", 232, 6, 2, 64, **pack)
+    yield _inputs(make, ", packed, window 7, softcap 2", 232, 4, 4, 32, **pack, window=7, softcap=2.0)
+    yield _inputs(make, ", bidirectional, window 33", 232, 2, 2, 40, **pack, causal=False, window=33)
+    yield _inputs(make, ", dropout", 129, 3, 1, 80, dropout_p=0.2, seed=2**61 + 77)
+    yield _inputs(make, "", 33, 2, 1, 5)
+    projected = make(70, 8, 64)
+    pieces = tuple(piece.requires_grad_() for piece in projected.split((4, 2, 2), dim=1))
+    yield Inputs("70x4:2x64, pieces of one projection", pieces)
+
+
+def real(make: Make) -> Iterator[Inputs]:
+    pack = {"cu_seqlens_q": _pack(2048, 2048)}
+    yield _inputs(make, ", packed", 4096, 32, 8, 128, **pack)  # Llama-3.1-8B
+    yield _inputs(make, ", packed", 4096, 9, 3, 64, **pack)  # SmolLM2-135M
+    yield _inputs(make, "", 4096, 32, 32, 128)
+    yield _inputs(make, "", 4096, 16, 16, 64)
+    yield _inputs(make, ", window 1024, softcap 50", 4096, 8, 4, 256, window=1024, softcap=50.0)  # Gemma 2
+    yield _inputs(make, "", 4096, 8, 8, 256)
+
+
+def traffic(make: Make) -> Inputs:
+    return _inputs(make, "", 512, 4, 4, 64)
+
+
+def grouped_traffic(make: Make) -> Inputs:
+    return _inputs(make, "", 512, 4, 1, 64)
+
+
+def floor(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[int, int]:
+    tail, lse = _tail(q, **options), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return OPS["attention"].cost(q, k, v, *tail).bytes, OPS["attention_backward"].cost(q, q, k, v, q, lse, *tail).bytes
+
+
+def product(q: Tensor, k: Tensor, v: Tensor, **options) -> int:
+    """FLOPs of one of attention's products over the pairs that see each other."""
+    cu_seqlens_q, cu_seqlens_k, causal, window, *_ = _tail(q, **options)
+    return 2 * q.shape[2] * _pairs(q, k, cu_seqlens_q, cu_seqlens_k, causal, window)
+
+
+def _case(name: str, numbers, real, traffic, forward: float, backward: float) -> Case:
+    bars = Bars(
+        forward=forward,
+        backward=backward,
+        launches=(1, 2),
+        flops=11.3,  # 2 + 7 products (attention_backward.py says why 7), and a quarter more for tiles on the diagonal
+        new_saved_bytes=512 * 4 * 4,  # lse
+        tensor_cores=KERNELS,
+    )
+    return Case(
+        op="attention", name=name, function=attention, reference=definition, numbers=numbers, real=real,
+        traffic=traffic, floor=floor, bars=bars, flops=product,
+    )  # fmt: skip
+
+
+CASES = [
+    _case("attention", numbers, real, traffic, 1.8, 2.6),
+    _case("attention, 4 query heads to a key head", lambda make: (), lambda make: (), grouped_traffic, 2.0, 3.0),
+]
