@@ -1,0 +1,35 @@
+"""Dropout by seed in Triton: the hash of fastpt/ops/_dropout.py, so no mask is stored and any tiling draws the same bits."""
+
+from __future__ import annotations
+
+import struct
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def mix_bits(x):
+    """MurmurHash3's finaliser on uint32."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_keys(row, seed_low, seed_high):
+    """What dropout draws a row's columns from; `row` int64, the seed's halves as `rule` gives them."""
+    low = mix_bits(tl.cast(row, tl.uint32) + tl.cast(seed_low, tl.uint32))
+    return mix_bits(low ^ tl.cast(seed_high, tl.uint32)) + tl.cast(row >> 32, tl.uint32)
+
+
+@triton.jit
+def is_kept(keys, column, threshold):
+    """Whether a value stays, for blocks of keys and columns (int32) that broadcast against each other."""
+    return mix_bits(keys ^ (tl.cast(column, tl.uint32) * 0x9E3779B9)) >= tl.cast(threshold, tl.uint32)
+
+
+def rule(p: float, seed: int) -> tuple[int, int, int, float]:
+    """Low and high half of the seed, the threshold (as int32, whose bits the kernel takes), and 1 / (1 - p)."""
+    words = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, min(int(p * 2**32), 0xFFFFFFFF)
+    return *struct.unpack("iii", struct.pack("III", *words)), 1 / (1 - p) if p < 1 else 0.0
