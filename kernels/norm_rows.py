@@ -18,6 +18,9 @@ from .column_sums import add_up
 from .dropout import is_kept, row_keys, rule
 from .launch import choose, on_device, processors
 
+# A wider row's weight and the sums of its gradient do not both fit into the registers: the weight is read again for every row.
+WIDEST_KEPT = 8192
+
 
 @triton.jit
 def norm_forward(
@@ -68,13 +71,13 @@ def norm_forward(
 def norm_backward(
     grad_ptr, grad_sum_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, ds_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     n_rows, grad_stride, grad_sum_stride, x_stride, seed_low, seed_high, threshold, scale,
-    OFFSET: tl.constexpr, DROPS: tl.constexpr,
+    OFFSET: tl.constexpr, DROPS: tl.constexpr, KEEPS_WEIGHT: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ds, the gradient of what was normed; dx, that of the branch before dropout; a program's own sums of dweight and dbias."""
     column = tl.arange(0, COLUMNS)
     inside = column < D
-    if weight_ptr is not None:
+    if weight_ptr is not None and KEEPS_WEIGHT:
         weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -92,6 +95,8 @@ def norm_backward(
         if dbias_ptr is not None:
             dbias += grad
         if weight_ptr is not None:
+            if not KEEPS_WEIGHT:
+                weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
             grad *= weight[None, :]
         ds = grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]
         if mean_ptr is not None:
@@ -171,7 +176,7 @@ def launch_backward(
         norm_backward[grid](
             grad, grad_sum, x, mean, rstd, _dense(weight), ds, dx if has_dx else None, *partial,
             x.shape[0], grad.stride(0), 0 if grad_sum is None else grad_sum.stride(0), x.stride(0), *dropout, scale,
-            OFFSET=offset, DROPS=dropout_p > 0, **constants,
+            OFFSET=offset, DROPS=dropout_p > 0, KEEPS_WEIGHT=not wants_weight or d <= WIDEST_KEPT, **constants,
         )  # fmt: skip
         sums = add_up(*partial)
     return ds, dx, *(rstd.new_empty(0) if s is None else s for s in sums)
