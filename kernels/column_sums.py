@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,12 +10,16 @@ from .launch import choose
 
 
 @triton.jit
-def column_sums(first_ptr, first_out_ptr, second_ptr, second_out_ptr, n_rows, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def column_sums(
+    first_ptr, first_out_ptr, second_ptr, second_out_ptr, n_rows, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if first_ptr is not None:
         tl.store(first_out_ptr + column, _sum_of_columns(first_ptr, column, n_rows, d, ROWS, COLUMNS), mask=column < d)
     if second_ptr is not None:
-        tl.store(second_out_ptr + column, _sum_of_columns(second_ptr, column, n_rows, d, ROWS, COLUMNS), mask=column < d)
+        tl.store(
+            second_out_ptr + column, _sum_of_columns(second_ptr, column, n_rows, d, ROWS, COLUMNS), mask=column < d
+        )
 
 
 @triton.jit

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .norm_rows import check_parameter, launch_backward, launch_forward
+from .launch import check_parameter
+from .norm_rows import launch_backward, launch_forward
 
 
 def forward(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .column_sums import add_up
 from .dropout import is_kept, row_keys, rule
-from .launch import choose, on_device, processors
+from .launch import choose, on_device, processors, rows_of
 
 # A wider row's weight and the sums of its gradient do not both fit into the registers: the weight is read again for every row.
 WIDEST_KEPT = 8192
@@ -119,19 +119,6 @@ def norm_backward(
         tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=inside)
 
 
-def check_parameter(op: str, x: Tensor, **parameters: Tensor | None) -> None:
-    for name, parameter in parameters.items():
-        if x.dim() == 0 or (parameter is not None and parameter.shape != x.shape[-1:]):
-            found = "absent" if parameter is None else list(parameter.shape)
-            raise RuntimeError(f"{op}: {name} is {found}, x is {list(x.shape)}; {name} must be [D] for x [..., D]")
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x [..., D] as rows whose values lie side by side: a view where strides allow it, as those of one projection's heads do."""
-    rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
 def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, *,
     has_mean: bool, offset: float = 0.0, casts_first: bool = False, dropout_p: float = 0.0, seed: int = 0,
@@ -190,6 +177,7 @@ def _tiles(kernel: str, shape: Sequence[int], *loaded: Tensor | None) -> tuple[t
     """Grid and tile. The table's size is the bytes of one padded row of everything loaded: what a stage holds of a row."""
     columns = triton.next_power_of_2(shape[1])
     launch = choose(kernel, columns * sum(t.element_size() for t in loaded if t is not None), loaded[0].device)
-    programs = min(triton.cdiv(shape[0], launch.rows), processors(loaded[0].device) * launch.per_processor)
-    tile = {"D": shape[1], "ROWS": launch.rows, "COLUMNS": columns, "STAGES": launch.stages}
+    rows = max(1, launch.columns // columns)
+    programs = min(triton.cdiv(shape[0], rows), processors(loaded[0].device) * launch.per_processor)
+    tile = {"D": shape[1], "ROWS": rows, "COLUMNS": columns, "STAGES": launch.stages}
     return (programs,), {**tile, "num_warps": launch.warps}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .launch import check_same_shape
-from .norm_rows import check_parameter, launch_backward, launch_forward
+from .launch import check_parameter, check_same_shape
+from .norm_rows import launch_backward, launch_forward
 
 
 def forward(x: Tensor, weight: Tensor, eps: float, offset: float, casts_first: bool) -> tuple[Tensor, Tensor]:

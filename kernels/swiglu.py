@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import check_same_shape, choose, on_device
+from .launch import check_same_shape, launch_elementwise
 
 
 @triton.jit
@@ -34,20 +34,12 @@ def swiglu_backward(grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl
 def forward(gate: Tensor, up: Tensor) -> Tensor:
     check_same_shape("swiglu", gate=gate, up=up)
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    _launch(swiglu_forward, gate.contiguous(), up.contiguous(), out)
+    launch_elementwise(swiglu_forward, gate, up, out)
     return out
 
 
 def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     check_same_shape("swiglu_backward", grad=grad, gate=gate, up=up)
     dgate, dup = (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
-    _launch(swiglu_backward, grad.contiguous(), gate.contiguous(), up.contiguous(), dgate, dup)
+    launch_elementwise(swiglu_backward, grad, gate, up, dgate, dup)
     return dgate, dup
-
-
-def _launch(kernel, *tensors: Tensor) -> None:
-    n = tensors[0].numel()
-    launch = choose(kernel.__name__, n, tensors[0].device)
-    if n > 0:
-        with on_device(tensors[0]):
-            kernel[(triton.cdiv(n, launch.columns),)](*tensors, n, BLOCK=launch.columns, num_warps=launch.warps)
