@@ -1,4 +1,4 @@
-"""geglu in Triton, exact and tanh: every byte is read once and written once, 16 bytes a thread at a time."""
+"""geglu in Triton, exact and tanh: every byte is read once and written once, the next blocks are loaded meanwhile."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from .launch import check_same_shape, launch_elementwise
 
 
 @triton.jit
-def geglu_forward(gate_ptr, up_ptr, out_ptr, n, BLOCK: tl.constexpr, IS_TANH: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    s, _ = gelu(gate, IS_TANH)
-    tl.store(out_ptr + at, gate * s * up, mask=inside)
+def geglu_forward(gate_ptr, up_ptr, out_ptr, n, BLOCK: tl.constexpr, STAGES: tl.constexpr, IS_TANH: tl.constexpr):
+    for block in tl.range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0), num_stages=STAGES):
+        at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < n
+        gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        s, _ = gelu(gate, IS_TANH)
+        tl.store(out_ptr + at, gate * s * up, mask=inside)
 
 
 @triton.jit
 def geglu_backward(
-    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr, IS_TANH: tl.constexpr
+    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr, STAGES: tl.constexpr, IS_TANH: tl.constexpr
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    s, slope = gelu(gate, IS_TANH)
-    tl.store(dgate_ptr + at, grad * up * slope, mask=inside)
-    tl.store(dup_ptr + at, grad * gate * s, mask=inside)
+    for block in tl.range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0), num_stages=STAGES):
+        at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < n
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        s, slope = gelu(gate, IS_TANH)
+        tl.store(dgate_ptr + at, grad * up * slope, mask=inside)
+        tl.store(dup_ptr + at, grad * gate * s, mask=inside)
 
 
 def forward(gate: Tensor, up: Tensor, approximate: str) -> Tensor:

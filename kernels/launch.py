@@ -92,11 +92,11 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def launch_elementwise(kernel, *tensors: Tensor, **constants) -> None:
-    """Run a kernel of (pointers, count, BLOCK) over tensors of one shape; those that it writes are contiguous already."""
+    """Run a kernel over tensors of one shape, as many programs as the processors hold; those it writes are contiguous already."""
     n = tensors[0].numel()
-    launch = choose(kernel.__name__, n, tensors[0].device)
     if n > 0:
+        launch = choose(kernel.__name__, n, tensors[0].device)
+        programs = min(-(-n // launch.columns), processors(tensors[0].device) * launch.per_processor)
+        constants |= {"BLOCK": launch.columns, "STAGES": launch.stages, "num_warps": launch.warps}
         with on_device(tensors[0]):
-            kernel[(-(-n // launch.columns),)](
-                *(t.contiguous() for t in tensors), n, BLOCK=launch.columns, num_warps=launch.warps, **constants
-            )
+            kernel[(programs,)](*(t.contiguous() for t in tensors), n, **constants)

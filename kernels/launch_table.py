@@ -19,12 +19,13 @@ def _norm_forward(stages: int) -> Entries:
 
 
 TABLE: dict[str, dict[int, Entries]] = {
-    "swiglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
-    "swiglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
-    "geglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
-    "geglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
-    "bias_gelu_forward": {80: [(1 << 62, {"rows": 4, "columns": 1024, "warps": 8, "stages": 3, "per_processor": 3})]},
-    "bias_gelu_backward": {80: [(1 << 62, {"rows": 4, "columns": 1024, "warps": 8, "stages": 3, "per_processor": 2})]},
+    # What a program holds for the next blocks is `columns` values of each input, `stages - 1` times, in shared memory.
+    "swiglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4, "stages": 3, "per_processor": 5})]},
+    "swiglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4, "stages": 3, "per_processor": 3})]},
+    "geglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4, "stages": 3, "per_processor": 5})]},
+    "geglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4, "stages": 3, "per_processor": 3})]},
+    "bias_gelu_forward": {80: [(1 << 62, {"rows": 2, "columns": 1024, "warps": 4, "stages": 4, "per_processor": 6})]},
+    "bias_gelu_backward": {80: [(1 << 62, {"rows": 2, "columns": 1024, "warps": 4, "stages": 4, "per_processor": 3})]},
     # norm_rows.py: the size is the bytes of one row of everything that is loaded, of which `stages - 1` are in shared memory;
     # `columns` are the values of a tile, as many short rows as that takes.
     "norm_forward": {80: _norm_forward(stages=3), 90: _norm_forward(stages=5), 120: _norm_forward(stages=3)},

@@ -22,7 +22,7 @@ from .launch import choose, on_device, processors, rows_of
 WIDEST_KEPT = 8192
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])  # else a kernel for every 16th seed
 def norm_forward(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, summed_ptr, mean_ptr, rstd_ptr,
     n_rows, x_stride, residual_stride, seed_low, seed_high, threshold, scale,
@@ -67,7 +67,7 @@ def norm_forward(
         tl.store(y_ptr + out, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])  # else a kernel for every 16th seed
 def norm_backward(
     grad_ptr, grad_sum_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, ds_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     n_rows, grad_stride, grad_sum_stride, x_stride, seed_low, seed_high, threshold, scale,
