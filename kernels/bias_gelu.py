@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .column_sums import add_up
+from .column_sums import add_up, column_tiles
 from .gelu import gelu, is_tanh
-from .launch import check_parameter, check_same_shape, choose, on_device, processors, rows_of
+from .launch import check_parameter, check_same_shape, on_device, rows_of
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     out, tanh = torch.empty_like(x, memory_format=torch.contiguous_format), is_tanh("bias_gelu", approximate)
     if x.numel() > 0:
         x, bias = rows_of(x), None if bias is None else bias.contiguous()
-        grid, constants = _tiles("bias_gelu_forward", x)
+        grid, constants = column_tiles("bias_gelu_forward", x)
         with on_device(x):
             bias_gelu_forward[grid](x, bias, out, x.shape[0], x.stride(0), x.shape[1], IS_TANH=tanh, **constants)
     return out
@@ -77,7 +77,7 @@ def backward(
     if x.numel() == 0:
         return dx, x.new_zeros(d if wants_bias else 0, dtype=torch.float32)
     grad, x, bias = rows_of(grad), rows_of(x), None if bias is None else bias.contiguous()
-    grid, constants = _tiles("bias_gelu_backward", x)
+    grid, constants = column_tiles("bias_gelu_backward", x)
     partial = x.new_empty(grid[0], d, dtype=torch.float32) if wants_bias else None
     with on_device(x):
         bias_gelu_backward[grid](
@@ -85,13 +85,3 @@ def backward(
         )
         dbias, _ = add_up(partial, None)
     return dx, x.new_empty(0, dtype=torch.float32) if dbias is None else dbias
-
-
-def _tiles(kernel: str, x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and tile; the table's size is the row's width. All programs together are as many as the processors hold."""
-    n_rows, d = x.shape
-    launch = choose(kernel, d, x.device)
-    across = triton.cdiv(d, launch.columns)
-    down = max(1, processors(x.device) * launch.per_processor // across)
-    tile = {"ROWS": launch.rows, "COLUMNS": launch.columns, "STAGES": launch.stages}
-    return (min(triton.cdiv(n_rows, launch.rows), down), across), {**tile, "num_warps": launch.warps}

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import choose
+from .launch import choose, processors
 
 
 @triton.jit
@@ -44,3 +44,16 @@ def add_up(first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, 
         first, sums[0], second, sums[1], n_rows, d, ROWS=launch.rows, COLUMNS=launch.columns, num_warps=launch.warps
     )
     return sums[0], sums[1]
+
+
+def column_tiles(kernel: str, x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and tile of a kernel whose programs own columns of x [rows, D]; the table's size is D.
+
+    Along the second axis lie the blocks of columns, along the first as many programs as the processors then hold.
+    """
+    n_rows, d = x.shape
+    launch = choose(kernel, d, x.device)
+    across = triton.cdiv(d, launch.columns)
+    down = max(1, processors(x.device) * launch.per_processor // across)
+    tile = {"ROWS": launch.rows, "COLUMNS": launch.columns, "STAGES": launch.stages}
+    return (min(triton.cdiv(n_rows, launch.rows), down), across), {**tile, "num_warps": launch.warps}

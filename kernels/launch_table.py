@@ -32,9 +32,10 @@ TABLE: dict[str, dict[int, Entries]] = {
     "norm_backward": {
         80: [
             (24576, {"columns": 4096, "warps": 8, "stages": 3, "per_processor": 2}),
-            (49152, {"columns": 4096, "warps": 32, "stages": 3}),
-            (1 << 62, {"columns": 4096, "warps": 32}),
+            (49152, {"columns": 4096, "warps": 16, "stages": 3}),
+            (1 << 62, {"columns": 4096, "warps": 16}),
         ]
     },
+    "norm_parameter_sums": {80: [(1 << 62, {"rows": 2, "columns": 1024, "warps": 4, "stages": 4, "per_processor": 3})]},
     "column_sums": {80: [(1 << 62, {"rows": 32, "columns": 64, "warps": 4})]},
 }

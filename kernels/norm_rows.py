@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .column_sums import add_up
+from .column_sums import add_up, column_tiles
 from .dropout import is_kept, row_keys, rule
 from .launch import choose, on_device, processors, rows_of
 
-# A wider row's weight and the sums of its gradient do not both fit into the registers: the weight is read again for every row.
-WIDEST_KEPT = 8192
+# Values of dweight and dbias that a program's registers hold beside its row; for wider rows a kernel of its own sums them.
+MOST_SUMS = 8192
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])  # else a kernel for every 16th seed
@@ -71,13 +71,13 @@ def norm_forward(
 def norm_backward(
     grad_ptr, grad_sum_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, ds_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     n_rows, grad_stride, grad_sum_stride, x_stride, seed_low, seed_high, threshold, scale,
-    OFFSET: tl.constexpr, DROPS: tl.constexpr, KEEPS_WEIGHT: tl.constexpr,
+    OFFSET: tl.constexpr, DROPS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ds, the gradient of what was normed; dx, that of the branch before dropout; a program's own sums of dweight and dbias."""
     column = tl.arange(0, COLUMNS)
     inside = column < D
-    if weight_ptr is not None and KEEPS_WEIGHT:
+    if weight_ptr is not None:
         weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -95,8 +95,6 @@ def norm_backward(
         if dbias_ptr is not None:
             dbias += grad
         if weight_ptr is not None:
-            if not KEEPS_WEIGHT:
-                weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
             grad *= weight[None, :]
         ds = grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]
         if mean_ptr is not None:
@@ -113,6 +111,33 @@ def norm_backward(
                 ds = tl.where(kept, ds * scale, 0.0)
             tl.store(dx_ptr + out, ds, mask=mask)
     partial = tl.program_id(0) * D + column
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=inside)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=inside)
+
+
+@triton.jit
+def norm_parameter_sums(
+    grad_ptr, x_ptr, mean_ptr, rstd_ptr, dweight_ptr, dbias_ptr, n_rows, grad_stride, x_stride, d,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < d
+    dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        mask = (row < n_rows)[:, None] & inside[None, :]
+        grad = tl.load(grad_ptr + row[:, None] * grad_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if dweight_ptr is not None:
+            normed = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            if mean_ptr is not None:
+                normed -= tl.load(mean_ptr + row, mask=row < n_rows, other=0.0)[:, None]
+            dweight += grad * (normed * tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)[:, None])
+        if dbias_ptr is not None:
+            dbias += grad
+    partial = tl.program_id(0) * d + column
     if dweight_ptr is not None:
         tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=inside)
     if dbias_ptr is not None:
@@ -157,14 +182,21 @@ def launch_backward(
         return ds, dx, *(rstd.new_zeros(d if wants else 0) for wants in (wants_weight, wants_bias))
     grad, x, grad_sum = rows_of(grad), rows_of(x), None if grad_sum is None else rows_of(grad_sum)
     grid, constants = _tiles("norm_backward", x.shape, grad, x, grad_sum)
-    partial = [rstd.new_empty(*grid, d) if wants else None for wants in (wants_weight, wants_bias)]
+    apart = (wants_weight + wants_bias) * d > MOST_SUMS
+    sums_grid, sums_constants = column_tiles("norm_parameter_sums", x) if apart else (grid, {})
+    partial = [rstd.new_empty(sums_grid[0], d) if wants else None for wants in (wants_weight, wants_bias)]
     *dropout, scale = rule(dropout_p, seed)
     with on_device(x):
         norm_backward[grid](
-            grad, grad_sum, x, mean, rstd, _dense(weight), ds, dx if has_dx else None, *partial,
+            grad, grad_sum, x, mean, rstd, _dense(weight), ds, dx if has_dx else None,
+            *((None, None) if apart else partial),
             x.shape[0], grad.stride(0), 0 if grad_sum is None else grad_sum.stride(0), x.stride(0), *dropout, scale,
-            OFFSET=offset, DROPS=dropout_p > 0, KEEPS_WEIGHT=not wants_weight or d <= WIDEST_KEPT, **constants,
+            OFFSET=offset, DROPS=dropout_p > 0, **constants,
         )  # fmt: skip
+        if apart:
+            norm_parameter_sums[sums_grid](
+                grad, x, mean, rstd, *partial, x.shape[0], grad.stride(0), x.stride(0), d, **sums_constants
+            )
         sums = add_up(*partial)
     return ds, dx, *(rstd.new_empty(0) if s is None else s for s in sums)
 
