@@ -42,7 +42,8 @@ def leaves(*shapes, dtype=torch.float32):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize(
-    "shape", [(1,), (1, 1), (1, 576), (3, 37), (2, 5, 129), (0, 8), (4, 0), (33, 3, 64), (700, 40), (20, 2100), (2, 9000)]
+    "shape",
+    [(1,), (1, 1), (1, 576), (3, 37), (2, 5, 129), (0, 8), (4, 0), (33, 3, 64), (700, 40), (20, 2100), (2, 9000)],
 )
 def test_not_worse_than_eager(shape, dtype, family):
     check_against_eager(fused(family), eager(family), leaves(shape, shape[-1:]), dtype=dtype)
