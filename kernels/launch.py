@@ -76,3 +76,27 @@ def check_same_shape(op: str, **tensors: Tensor) -> None:
                 f"{op}: {first[0]} is {list(first[1].shape)} {first[1].dtype}, {name} is {list(tensor.shape)} "
                 f"{tensor.dtype}; they must be equal"
             )
+
+
+def check_parameter(op: str, x: Tensor, **parameters: Tensor | None) -> None:
+    for name, parameter in parameters.items():
+        if x.dim() == 0 or (parameter is not None and parameter.shape != x.shape[-1:]):
+            found = "absent" if parameter is None else list(parameter.shape)
+            raise RuntimeError(f"{op}: {name} is {found}, x is {list(x.shape)}; {name} must be [D] for x [..., D]")
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., D] as rows whose values lie side by side: a view where strides allow it, as those of one projection's heads do."""
+    rows = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def launch_elementwise(kernel, *tensors: Tensor, **constants) -> None:
+    """Run a kernel over tensors of one shape, as many programs as the processors hold; those it writes are contiguous already."""
+    n = tensors[0].numel()
+    if n > 0:
+        launch = choose(kernel.__name__, n, tensors[0].device)
+        programs = min(-(-n // launch.columns), processors(tensors[0].device) * launch.per_processor)
+        constants |= {"BLOCK": launch.columns, "STAGES": launch.stages, "num_warps": launch.warps}
+        with on_device(tensors[0]):
+            kernel[(programs,)](*(t.contiguous() for t in tensors), n, **constants)

@@ -6,9 +6,38 @@ entry takes the newest one below it: 80 also serves 86 and 89, 100 also 120, unl
 
 from __future__ import annotations
 
-TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
-    "swiglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
-    "swiglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
+Entries = list[tuple[int, dict[str, int]]]
+
+
+def _norm_forward(stages: int) -> Entries:
+    return [
+        (16384, {"columns": 4096, "warps": 8, "stages": stages, "per_processor": 2}),
+        (32768, {"columns": 4096, "warps": 16, "stages": 3}),
+        (65536, {"columns": 4096, "warps": 32, "stages": 2}),
+        (1 << 62, {"columns": 4096, "warps": 32}),
+    ]
+
+
+TABLE: dict[str, dict[int, Entries]] = {
+    # What a program holds for the next blocks is `columns` values of each input, `stages - 1` times, in shared memory.
+    "swiglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4, "stages": 3, "per_processor": 5})]},
+    "swiglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4, "stages": 3, "per_processor": 3})]},
+    "geglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4, "stages": 3, "per_processor": 5})]},
+    "geglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4, "stages": 3, "per_processor": 3})]},
+    "bias_gelu_forward": {80: [(1 << 62, {"rows": 2, "columns": 1024, "warps": 4, "stages": 4, "per_processor": 6})]},
+    "bias_gelu_backward": {80: [(1 << 62, {"rows": 2, "columns": 1024, "warps": 4, "stages": 4, "per_processor": 3})]},
+    # norm_rows.py: the size is the bytes of one row of everything that is loaded, of which `stages - 1` are in shared memory;
+    # `columns` are the values of a tile, as many short rows as that takes.
+    "norm_forward": {80: _norm_forward(stages=3), 90: _norm_forward(stages=5), 120: _norm_forward(stages=3)},
+    "norm_backward": {
+        80: [
+            (24576, {"columns": 4096, "warps": 8, "stages": 3, "per_processor": 2}),
+            (49152, {"columns": 4096, "warps": 16, "stages": 3}),
+            (1 << 62, {"columns": 4096, "warps": 16}),
+        ]
+    },
+    "norm_parameter_sums": {80: [(1 << 62, {"rows": 2, "columns": 1024, "warps": 4, "stages": 4, "per_processor": 3})]},
+    "column_sums": {80: [(1 << 62, {"rows": 32, "columns": 64, "warps": 4})]},
     # rows x columns: query rows x keys of a tile; the limit is the padded head size. See kernels/attention_tiles.py.
     "attention_forward": {
         80: [

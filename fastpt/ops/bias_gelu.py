@@ -33,6 +33,7 @@ _forward = register(
     reference=lambda x, bias, approximate: reference(x, bias, approximate).contiguous(),
     fake=lambda x, bias, approximate: x.new_empty(x.shape),
     cost=lambda x, bias, approximate: Cost(nbytes(x, bias), nbytes(x), 11 * x.numel()),
+    triton="fastpt.kernels.bias_gelu:forward",
 )
 # dx, and dbias in float32 whatever the bias's dtype, empty when not wanted.
 _backward = register(
@@ -45,6 +46,7 @@ _backward = register(
     cost=lambda grad, x, bias, approximate, wants_bias: Cost(
         nbytes(grad, x, bias), nbytes(x) + 4 * x.shape[-1] * wants_bias, 17 * x.numel()
     ),
+    triton="fastpt.kernels.bias_gelu:backward",
 )
 
 

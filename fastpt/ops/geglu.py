@@ -25,12 +25,14 @@ _forward = register(
     reference=reference,
     fake=lambda gate, up, approximate: gate.new_empty(gate.shape),
     cost=lambda gate, up, approximate: Cost(nbytes(gate, up), nbytes(gate), 10 * gate.numel()),
+    triton="fastpt.kernels.geglu:forward",
 )
 _backward = register(
     "geglu_backward(Tensor grad, Tensor gate, Tensor up, str approximate) -> (Tensor, Tensor)",
     reference=reference_backward,
     fake=lambda grad, gate, up, approximate: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
     cost=lambda grad, gate, up, approximate: Cost(nbytes(grad, gate, up), nbytes(gate, up), 20 * gate.numel()),
+    triton="fastpt.kernels.geglu:backward",
 )
 
 

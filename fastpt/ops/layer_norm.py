@@ -96,6 +96,7 @@ _forward = register(
     cost=lambda x, weight, bias, eps: Cost(
         nbytes(x, weight, bias), nbytes(x) + 8 * (x.numel() // x.shape[-1]), 7 * x.numel()
     ),
+    triton="fastpt.kernels.layer_norm:forward",
 )
 # dx, and dweight and dbias in float32 whatever the parameters' dtype, empty when not wanted.
 _backward = register(
@@ -112,6 +113,7 @@ _backward = register(
         nbytes(x) + 4 * x.shape[-1] * (wants_weight + wants_bias),
         12 * x.numel(),
     ),
+    triton="fastpt.kernels.layer_norm:backward",
 )
 
 _add_forward = register(
@@ -124,6 +126,7 @@ _add_forward = register(
     cost=lambda x, residual, weight, bias, *_: Cost(
         nbytes(x, residual, weight, bias), 2 * nbytes(residual) + 8 * (x.numel() // x.shape[-1]), 8 * x.numel()
     ),
+    triton="fastpt.kernels.layer_norm:add_forward",
 )  # fmt: skip
 # dx in x's dtype (empty where the gradient of the sum is that of x too), the gradient of the sum, dweight, dbias.
 _add_backward = register(
@@ -144,6 +147,7 @@ _add_backward = register(
         + 4 * summed.shape[-1] * (wants_weight + wants_bias),
         14 * summed.numel(),
     ),
+    triton="fastpt.kernels.layer_norm:add_backward",
 )
 
 

@@ -64,6 +64,7 @@ _forward = register(
     reference=reference_forward,
     fake=lambda x, weight, eps, offset, casts_first: (x.new_empty(x.shape), _rstd_like(x)),
     cost=lambda x, weight, *_: Cost(nbytes(x, weight), nbytes(x) + 4 * (x.numel() // x.shape[-1]), 4 * x.numel()),
+    triton="fastpt.kernels.rms_norm:forward",
 )
 _add_forward = register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float offset, bool casts_first) "
@@ -73,6 +74,7 @@ _add_forward = register(
     cost=lambda x, residual, weight, *_: Cost(
         nbytes(x, residual, weight), 2 * nbytes(x) + 4 * (x.numel() // x.shape[-1]), 5 * x.numel()
     ),
+    triton="fastpt.kernels.rms_norm:add_forward",
 )
 # dx, and dweight in float32 whatever the weight's dtype (empty when not wanted); grad_sum is the gradient of x + residual.
 _backward = register(
@@ -86,6 +88,7 @@ _backward = register(
     cost=lambda grad, grad_sum, x, rstd, weight, offset, wants_weight: Cost(
         nbytes(grad, grad_sum, x, rstd, weight), nbytes(x) + 4 * weight.numel() * wants_weight, 9 * x.numel()
     ),
+    triton="fastpt.kernels.rms_norm:backward",
 )
 
 

@@ -20,7 +20,7 @@ def check(gate, up, approximate, dtype):
 
 
 @pytest.mark.parametrize("approximate", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 37), (2, 5, 129), (70, 1536), (0, 8)])
 def test_not_worse_than_eager(shape, dtype, approximate):
     check((torch.randn(shape) * 3).requires_grad_(), torch.randn(shape).requires_grad_(), approximate, dtype)

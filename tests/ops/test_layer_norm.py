@@ -31,8 +31,8 @@ def leaves(shape, dtype=torch.float32):
     return [torch.randn(s).to(dtype).requires_grad_() for s in (shape, shape[-1:], shape[-1:])]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3,), (1, 768), (3, 37), (2, 5, 129), (0, 8), (700, 40)])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("shape", [(3,), (1, 768), (3, 37), (2, 5, 129), (0, 8), (700, 40), (20, 2100), (2, 9000)])
 def test_not_worse_than_eager(shape, dtype):
     check_against_eager(fused, eager, leaves(shape), dtype=dtype)
 
@@ -64,8 +64,9 @@ def test_non_contiguous_and_expanded(dtype):
     check_against_eager(fused, eager, [x, w, b], dtype=dtype)
 
 
-def test_results_do_not_depend_on_the_thread_count():
-    threads, inputs, found = torch.get_num_threads(), leaves((5000, 64)), []
+def test_results_do_not_depend_on_the_thread_count(request):
+    rows = 300 if request.config.getoption("--triton") else 5000
+    threads, inputs, found = torch.get_num_threads(), leaves((rows, 64)), []
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
@@ -111,7 +112,7 @@ def add_leaves(shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("shape", [(129,), (1, 768), (3, 37), (2, 5, 129), (0, 8), (700, 40)])
 def test_add_is_not_worse_than_eager(shape, dtype, p):
     check_against_eager(fused_add, eager_add, [*add_leaves(shape), p], dtype=dtype)
@@ -168,8 +169,9 @@ def test_without_a_seed_torchs_generator_gives_one():
     assert not torch.equal(first, second)
 
 
-def test_add_does_not_depend_on_the_thread_count():
-    threads, inputs, found = torch.get_num_threads(), [*add_leaves((5000, 64)), 0.2], []
+def test_add_does_not_depend_on_the_thread_count(request):
+    rows = 300 if request.config.getoption("--triton") else 5000
+    threads, inputs, found = torch.get_num_threads(), [*add_leaves((rows, 64)), 0.2], []
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)

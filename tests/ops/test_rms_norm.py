@@ -40,9 +40,10 @@ def leaves(*shapes, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize(
-    "shape", [(1,), (1, 1), (1, 576), (3, 37), (2, 5, 129), (0, 8), (4, 0), (33, 3, 64), (700, 40)]
+    "shape",
+    [(1,), (1, 1), (1, 576), (3, 37), (2, 5, 129), (0, 8), (4, 0), (33, 3, 64), (700, 40), (20, 2100), (2, 9000)],
 )
 def test_not_worse_than_eager(shape, dtype, family):
     check_against_eager(fused(family), eager(family), leaves(shape, shape[-1:]), dtype=dtype)
@@ -74,6 +75,18 @@ def test_non_contiguous_and_expanded(dtype):
     grad = torch.randn(1, 64).to(dtype).expand(33, 64)
     strided, dense = (run_with_grads(fused("llama"), [x, w], [g], dtype)[1] for g in (grad, grad.contiguous()))
     torch.testing.assert_close(strided, dense)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_that_lie_apart(dtype):
+    qkv = torch.randn(2, 3, 4, 3 * 64).requires_grad_()  # what the projection of q, k and v gives
+    for part in range(3):
+        check_against_eager(
+            lambda x, w, part=part: fused("llama")(x[..., 64 * part : 64 * (part + 1)], w),
+            lambda x, w, part=part: eager("llama")(x[..., 64 * part : 64 * (part + 1)], w),
+            [qkv, torch.randn(64).requires_grad_()],
+            dtype=dtype,
+        )
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)])
@@ -117,8 +130,9 @@ def test_float32_weight_over_lower_activations(dtype):
     assert y.dtype == s.dtype == torch.float32
 
 
-def test_weight_gradient_does_not_depend_on_the_thread_count():
-    x, w = torch.randn(5000, 64).requires_grad_(), torch.randn(64).requires_grad_()
+def test_weight_gradient_does_not_depend_on_the_thread_count(request):
+    rows = 300 if request.config.getoption("--triton") else 5000
+    x, w = torch.randn(rows, 64).requires_grad_(), torch.randn(64).requires_grad_()
     threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 2, 5):
