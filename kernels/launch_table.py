@@ -9,4 +9,6 @@ from __future__ import annotations
 TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
     "swiglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
     "swiglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
+    # rope, by tokens: columns are the values in a tile (tokens x heads x rotated columns), depth the most heads in it.
+    "rope": {80: [(1 << 62, {"columns": 1024, "depth": 4, "warps": 2, "stages": 3})]},
 }
