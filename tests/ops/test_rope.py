@@ -133,6 +133,7 @@ def test_a_token_does_not_depend_on_its_neighbours(dtype):
         assert torch.equal(one, many[200:201])
 
 
+@needs_native
 def test_wrong_shapes_are_named():
     (q, k), (cos, sin) = heads(4, 3, 1, 8), tables(3, 8)
     for error, arguments, settings in (
