@@ -51,15 +51,15 @@ def test_the_gradient_is_float32_where_the_weight_takes_it():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_number_of_threads(dtype):
-    ids, grad = torch.randint(300, (900,)).square() // 300, torch.randn(900, 64).to(dtype)  # 3 threads' worth
+    ids, grad = torch.randint(30, (450,)).square() // 10, torch.randn(450, 128).to(dtype)  # three threads' worth
     threads, found = torch.get_num_threads(), []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        found.append(_backward(grad, ids, 300, 0))
+        found.append(_backward(grad, ids, 90, 0))
     torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
-    exact = torch.zeros(300, 64, dtype=torch.float64).index_add_(0, ids[ids != 0], grad[ids != 0].double())
+    exact = torch.zeros(90, 128, dtype=torch.float64).index_add_(0, ids[ids != 0], grad[ids != 0].double())
     torch.testing.assert_close(found[0].double(), exact, rtol=1e-5, atol=1e-4)
 
 
