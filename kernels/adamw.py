@@ -23,16 +23,18 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 @triton.jit
 def row_of_program(table_ptr, rows, highest_bit, COLUMNS: tl.constexpr):
-    """The last row whose first program is not after this one."""
+    """The last row whose first program is not after this one, and which of the row's programs this is."""
     program = tl.program_id(0).to(tl.int64)
     row = tl.zeros([], tl.int64)
+    row_first = tl.zeros([], tl.int64)
     bit = tl.zeros([], tl.int64) + highest_bit
     while bit > 0:
         other = row + bit
         first = tl.load(table_ptr + other * COLUMNS, mask=other < rows, other=1 << 62)
         row = tl.where(first <= program, other, row)
+        row_first = tl.where(first <= program, first, row_first)
         bit = bit >> 1
-    return table_ptr + row * COLUMNS
+    return table_ptr + row * COLUMNS, program - row_first
 
 
 @triton.jit
@@ -81,8 +83,8 @@ def adamw_step(
     IS_STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: TILES x BLOCK values of one run."""
-    row_ptr = row_of_program(table_ptr, rows, highest_bit, 9)
-    start = (tl.program_id(0) - tl.load(row_ptr)) * (TILES * BLOCK)
+    row_ptr, part = row_of_program(table_ptr, rows, highest_bit, 9 if HAS_MASTER else 8)
+    start = part * (TILES * BLOCK)
     length = run_length(row_ptr, ALIGNED)
     number = tl.load(row_ptr + 3)
     param_ptr = values_at(row_ptr, 4, PARAM, ALIGNED)
@@ -96,10 +98,10 @@ def adamw_step(
     inverse_correction = tl.load(constant_ptr + 3 * number + 1)
     scale = tl.load(grad_scale_ptr) if HAS_SCALE else 1.0
     if IS_STOCHASTIC:
-        begin = tl.load(row_ptr + 1)
+        begin = 0 if ALIGNED else tl.load(row_ptr + 1)
         step = tl.load(constant_ptr + 3 * number + 2).to(tl.int64).to(tl.uint64)
         key = mix64(mix64(tl.cast(mixed_seed, tl.uint64) ^ step) ^ number.to(tl.uint64))
-    for tile in tl.static_range(TILES):
+    for tile in tl.range(0, TILES, loop_unroll_factor=4):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
         inside = at < length
         value = tl.load(value_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -122,17 +124,17 @@ def adamw_step(
 
 @triton.jit
 def grad_norm_parts(
-    table_ptr, part_ptr, rows, highest_bit,
+    table_ptr, part_ptr, part_stride, rows, highest_bit,
     GRAD: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares of small and of large values, both scaled to where float32 neither over- nor underflows."""
-    row_ptr = row_of_program(table_ptr, rows, highest_bit, 5)
-    start = (tl.program_id(0) - tl.load(row_ptr)) * (TILES * BLOCK)
+    row_ptr, part = row_of_program(table_ptr, rows, highest_bit, 5)
+    start = part * (TILES * BLOCK)
     length = run_length(row_ptr, ALIGNED)
     grad_ptr = values_at(row_ptr, 4, GRAD, ALIGNED)
     small_sum = tl.zeros([BLOCK], tl.float32)
     large_sum = tl.zeros([BLOCK], tl.float32)
-    for tile in tl.static_range(TILES):
+    for tile in tl.range(0, TILES, loop_unroll_factor=16):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
         grad = tl.load(grad_ptr + at, mask=at < length, other=0.0).to(tl.float32)
         is_small = tl.abs(grad) < 4294967296.0  # 2^32; NaN counts as large
@@ -140,19 +142,19 @@ def grad_norm_parts(
         large = tl.where(is_small, 0.0, grad) * 8.271806125530277e-25  # 2^-80
         small_sum += small * small
         large_sum += large * large
-    tl.store(part_ptr + 2 * tl.program_id(0), tl.sum(small_sum, 0))
-    tl.store(part_ptr + 2 * tl.program_id(0) + 1, tl.sum(large_sum, 0))
+    tl.store(part_ptr + tl.program_id(0), tl.sum(small_sum, 0))
+    tl.store(part_ptr + part_stride + tl.program_id(0), tl.sum(large_sum, 0))
 
 
 @triton.jit
-def grad_norm_join(part_ptr, out_ptr, parts, BLOCK: tl.constexpr):
+def grad_norm_join(part_ptr, part_stride, out_ptr, parts, BLOCK: tl.constexpr):
     """One program adds the parts in a fixed order."""
     small_sum = tl.zeros([BLOCK], tl.float32)
     large_sum = tl.zeros([BLOCK], tl.float32)
     for start in range(0, parts, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        small_sum += tl.load(part_ptr + 2 * at, mask=at < parts, other=0.0)
-        large_sum += tl.load(part_ptr + 2 * at + 1, mask=at < parts, other=0.0)
+        small_sum += tl.load(part_ptr + at, mask=at < parts, other=0.0)
+        large_sum += tl.load(part_ptr + part_stride + at, mask=at < parts, other=0.0)
     small, large = tl.sum(small_sum, 0), tl.sum(large_sum, 0)
     # Small squares carry 2^32, large ones 2^-160: 192 binary orders apart.
     both = large + small * 1.262177448353619e-29 * 1.262177448353619e-29  # 2^-96
@@ -185,7 +187,7 @@ def step(
     constants = to_device(constants.float(), device)
     mixed_seed = 0 if seed is None else _mix64(seed % 2**64)
     scale = None if grad_scale is None else to_device(grad_scale, device)
-    columns = [params, grads, exp_avgs, exp_avg_sqs, masters or params]
+    columns = [params, grads, exp_avgs, exp_avg_sqs, *([masters] if masters else [])]
     dense = [[t if t.is_contiguous() else t.contiguous() for t in column] for column in columns]
     for param_type, grad_type in dict.fromkeys((p.dtype, g.dtype) for p, g in zip(params, grads, strict=True)):
         numbers = [i for i, p in enumerate(params) if (p.dtype, grads[i].dtype) == (param_type, grad_type)]
@@ -212,17 +214,19 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
         numbers = [i for i, g in enumerate(grads) if g.dtype == grad_type]
         launch = choose("grad_norm_parts", sum(grads[i].numel() for i in numbers), device)
         groups += [(grad_type, launch, *group) for group in tables(numbers, [dense], launch)]
-    parts = torch.empty(2 * sum(programs for *_, programs, _ in groups), dtype=torch.float32, device=device)
+    total = sum(programs for *_, programs, _ in groups)
+    stride = triton.cdiv(total, ALIGNED_VALUES) * ALIGNED_VALUES
+    parts = torch.zeros(2, stride, dtype=torch.float32, device=device)
     norm, done = torch.empty((), dtype=torch.float32, device=device), 0
     with on_device(grads[0]):
         for grad_type, launch, table, rows, programs, is_aligned in groups:
             grad_norm_parts[(programs,)](
-                table, parts[done:], rows, highest_bit(rows), TYPES[grad_type], is_aligned, launch.rows,
+                table, parts[0, done:], stride, rows, highest_bit(rows), TYPES[grad_type], is_aligned, launch.rows,
                 launch.columns, num_warps=launch.warps,
             )  # fmt: skip
-            done += 2 * programs
-        last = choose("grad_norm_join", done // 2, device)
-        grad_norm_join[(1,)](parts, norm, done // 2, last.columns, num_warps=last.warps)
+            done += programs
+        last = choose("grad_norm_join", total, device)
+        grad_norm_join[(1,)](parts, stride, norm, stride, last.columns, num_warps=last.warps)
     return norm
 
 

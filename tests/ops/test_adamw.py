@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastpt.ops import adamw, grad_norm
 from fastpt.ops.adamw import _norm, _step, random_bits, reference, round_stochastically
-from tests.helpers import assert_not_worse, needs_native
+from tests.helpers import assert_not_worse, check_opcheck, needs_native
 
 SETTINGS = {"lr": 0.05, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = [(), (1,), (0, 4), (37,), (5, 129), (3, 8192)]  # the last spans two blocks
@@ -127,13 +128,14 @@ def test_opcheck_and_compile(dtype):
     kept = states(params, torch.promote_types(dtype, torch.float32))
     masters = [p.float() for p in params] if dtype == torch.bfloat16 else []
     arguments = (masters, torch.tensor(0.5), *SETTINGS.values(), None)
-    torch.library.opcheck(_step, (params, values([(3,), (2, 5)], dtype, 1), *kept, *arguments))
+    check_opcheck(_step, params, values([(3,), (2, 5)], dtype, 1), *kept, *arguments)
 
     expected = [p.clone() for p in params]
     adamw(expected, params, *states(params, kept[0][0].dtype), **SETTINGS)
     torch._dynamo.reset()
     compiled = torch.compile(lambda p, g, *s: adamw(p, g, *s, **SETTINGS), fullgraph=True, backend="aot_eager")
-    compiled(params, [p.clone() for p in params], *states(params, kept[0][0].dtype))
+    with _disable_current_modes():
+        compiled(params, [p.clone() for p in params], *states(params, kept[0][0].dtype))
     for a, b in zip(params, expected, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -201,12 +203,12 @@ def test_stochastic_rounding_is_unbiased():
 
 
 def test_stochastic_rounding_adds_up_what_is_below_resolution():
-    """100 steps of 1e-4 from 1, where bfloat16 steps by 2^-8 or more: rounding to nearest would stay at 1."""
+    """25 steps of 4e-4 from 1, where bfloat16 steps by 2^-8 or more: rounding to nearest would stay at 1."""
     param = torch.ones(4096, dtype=torch.bfloat16)
     kept = states([param], torch.float32)
-    for _ in range(100):
-        adamw([param], [torch.ones(4096)], *kept, seed=0, lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
-    assert abs(param.float().mean() - 0.99) < 5 * 0.5 * 2**-8 * 10 / 4096**0.5
+    for _ in range(25):
+        adamw([param], [torch.ones(4096)], *kept, seed=0, lr=4e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    assert abs(param.float().mean() - 0.99) < 5 * 0.5 * 2**-8 * 5 / 4096**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -221,7 +223,7 @@ def test_grad_norm_is_the_norm(dtype):
     assert grad_norm([*grads, torch.tensor([torch.inf])]).isinf()
     assert grad_norm([*grads, torch.tensor([torch.nan])]).isnan()
     assert abs(grad_norm([torch.full((3,), 1e30)]) - 1e30 * 3**0.5) < 1e24  # squares beyond float32
-    torch.library.opcheck(_norm, (grads,))
+    check_opcheck(_norm, grads)
 
 
 def test_grad_norm_does_not_depend_on_the_thread_count():
