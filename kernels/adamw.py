@@ -101,7 +101,7 @@ def adamw_step(
         begin = 0 if ALIGNED else tl.load(row_ptr + 1)
         step = tl.load(constant_ptr + 3 * number + 2).to(tl.int64).to(tl.uint64)
         key = mix64(mix64(tl.cast(mixed_seed, tl.uint64) ^ step) ^ number.to(tl.uint64))
-    for tile in tl.range(0, TILES, loop_unroll_factor=4):
+    for tile in tl.static_range(TILES):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
         inside = at < length
         value = tl.load(value_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -134,7 +134,7 @@ def grad_norm_parts(
     grad_ptr = values_at(row_ptr, 4, GRAD, ALIGNED)
     small_sum = tl.zeros([BLOCK], tl.float32)
     large_sum = tl.zeros([BLOCK], tl.float32)
-    for tile in tl.range(0, TILES, loop_unroll_factor=16):
+    for tile in tl.static_range(TILES):
         at = start + tile * BLOCK + tl.arange(0, BLOCK)
         grad = tl.load(grad_ptr + at, mask=at < length, other=0.0).to(tl.float32)
         is_small = tl.abs(grad) < 4294967296.0  # 2^32; NaN counts as large

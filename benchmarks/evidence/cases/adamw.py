@@ -17,6 +17,7 @@ Tensors = Sequence[Tensor]
 SETTINGS = {"lr": 0.05, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.1}
 ODD = [(), (37,), (5, 129), (3, 8192)]
 LLAMA = [(1024, 4096), (4096, 4096), (14336, 4096), (4096,)]  # of one layer
+ADAPTERS = [(8, 4096), (4096, 8), (8, 4096), (1024, 8)] * 32  # rank 8 on q and v
 TOY = [(64, 1024), (1024,), (32, 1024)]
 BITS = 5  # a seed
 
@@ -67,7 +68,7 @@ def real(make: Make) -> Iterator[Inputs]:
     yield inputs_of(make, "a layer, stochastic", LLAMA, seed=BITS)
     yield inputs_of(make, "a layer, masters", LLAMA, masters=True)
     yield inputs_of(make, "a layer, float32 gradients, scaled", LLAMA, grads=torch.float32, scale=torch.ones(()))
-    yield inputs_of(make, "an adapter, stochastic", [(16, 4096), (4096, 16)], seed=BITS)
+    yield inputs_of(make, "adapters, stochastic", ADAPTERS, seed=BITS)
 
 
 def traffic(make: Make) -> Inputs:

@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.evidence.case import Bars, Case, Inputs, Make
-from fastpt.ops import embedding
 from fastpt.ops._library import OPS
-
-
-def reference(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
-    return torch.nn.functional.embedding(ids, weight, padding_idx=padding_idx)
+from fastpt.ops.embedding import reference_backward
 
 
 def random_ids(count: int, rows: int) -> Tensor:
@@ -22,37 +18,42 @@ def random_ids(count: int, rows: int) -> Tensor:
 
 
 def numbers(make: Make) -> Iterator[Inputs]:
-    yield Inputs("3x47 ids of 29, 129 wide", (random_ids(141, 29).view(3, 47), make(29, 129, grad=True)))
+    yield Inputs("3x47 ids of 29, 129 wide", (make(3, 47, 129), random_ids(141, 29).view(3, 47), 29, -1))
     frequent = torch.cat((torch.full((300,), 4), random_ids(20, 9)))
-    yield Inputs("a frequent id, padding", (frequent, make(9, 40, grad=True)), {"padding_idx": 2})
-    yield Inputs("one id", (torch.tensor([0]), make(1, 1, grad=True)))
+    yield Inputs("a frequent id, padding, one gradient for all", (make(1, 40).expand(320, 40), frequent, 9, 2))
+    yield Inputs("one id", (make(1, 1), torch.tensor([0]), 1, -1))
 
 
 def real(make: Make) -> Iterator[Inputs]:
-    yield Inputs("8192 ids of 128256, 4096 wide", (random_ids(8192, 128256), make(128256, 4096, grad=True)))
+    yield Inputs("8192 ids of 128256, 4096 wide", (make(8192, 4096), random_ids(8192, 128256), 128256, -1))
 
 
 def traffic(make: Make) -> Inputs:
-    return Inputs("256 ids of 64, 512 wide", (random_ids(256, 64), make(64, 512, grad=True)))
+    return Inputs("256 ids of 2048, 128 wide", (make(256, 128), random_ids(256, 2048), 2048, -1))
 
 
-def floor(ids: Tensor, weight: Tensor) -> tuple[int, int]:
-    """Backward: the ids and their gradients, and every row of a dense gradient, zero or not."""
-    forward = OPS["embedding"].cost(ids, weight).bytes
-    read = ids.numel() * (ids.element_size() + weight.shape[1] * weight.element_size())
-    return forward, read + weight.numel() * (4 + weight.element_size())
+def floor(grad: Tensor, ids: Tensor, rows: int, padding_idx: int) -> tuple[int, int]:
+    """Of a dense gradient every row is written, zero or not: more than the op's cost, which counts the rows in use."""
+    cost = OPS["embedding_backward"].cost(grad, ids, rows, padding_idx)
+    return cost.bytes_read + 4 * rows * grad.shape[-1], 0
 
 
 CASES = [
     Case(
         op="embedding",
-        name="embedding",
-        function=embedding,
-        reference=reference,
+        name="embedding backward",
+        function=OPS["embedding_backward"].overload,
+        reference=reference_backward,
         numbers=numbers,
         real=real,
         traffic=traffic,
         floor=floor,
-        bars=Bars(),
+        bars=Bars(
+            forward=1.2,  # rows in use are written twice: zero, then the sum
+            not_streaming={
+                "embedding_backward": "every thread of a row reads its token's index; gradients go by 16 bytes",
+                "embedding_join": "only what a frequent id left in more than one piece",
+            },
+        ),
     )
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -45,7 +46,15 @@ def real(make: Make) -> Iterator[Inputs]:
 
 
 def traffic(make: Make) -> Inputs:
-    return Inputs("256x8+2x128, views of qkv", (*packed(make, 256, 8, 2, 128), make(256, 128), make(256, 128)))
+    angles = make(256, 64, dtype=torch.float32)
+    tables = [make(256, 128).copy_(torch.cat((half, half), -1)) for half in (angles.cos(), angles.sin())]
+    return Inputs("256x8+2x128", (make(256, 8, 128, grad=True), make(256, 2, 128, grad=True), *tables))
+
+
+def traffic_of_views(make: Make) -> Inputs:
+    q, k = (t.detach().requires_grad_() for t in packed(make, 256, 8, 2, 128))
+    positions = torch.arange(256).flip(0)
+    return Inputs("256x8+2x128, positions", (q, k, make(256, 128), make(256, 128)), {"position_ids": positions})
 
 
 def floor(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **settings) -> tuple[int, int]:
@@ -60,17 +69,16 @@ def liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tenso
     return tuple(t[0].transpose(0, 1) for t in LigerRopeFunction.apply(*by_head, cos[None], sin[None]))
 
 
-CASES = [
-    Case(
-        op="rope",
-        name="rope",
-        function=rope,
-        reference=reference,
-        numbers=numbers,
-        real=real,
-        traffic=traffic,
-        floor=floor,
-        bars=Bars(forward=1.02, backward=1.02, launches=(1, 1), new_saved_bytes=0),
-        peers={"Liger": liger},
-    )
-]
+ROPE = Case(
+    op="rope",
+    name="rope",
+    function=rope,
+    reference=reference,
+    numbers=numbers,
+    real=real,
+    traffic=traffic,
+    floor=floor,
+    bars=Bars(forward=1.02, backward=1.02, launches=(1, 1), new_saved_bytes=0),
+    peers={"Liger": liger},
+)
+CASES = [ROPE, replace(ROPE, name="rope of views", traffic=traffic_of_views, peers={})]
