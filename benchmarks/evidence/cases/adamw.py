@@ -41,7 +41,7 @@ def ours(params, grads, first, second, steps, masters, **settings):
 
 @copied
 def definition(params, grads, first, second, steps, masters, grad_scale=None, seed=None):
-    step_reference(params, grads, first, second, steps, masters, grad_scale, *SETTINGS.values(), seed)
+    step_reference(params, grads, first, second, steps, masters, grad_scale, seed=seed, **SETTINGS)
 
 
 def inputs_of(
