@@ -128,4 +128,19 @@ TABLE: dict[str, dict[int, Entries]] = {
             (256, {"rows": 16, "columns": 16, "warps": 8, "stages": 1}),
         ]
     },
+TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
+    "swiglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
+    "swiglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
+    # rope, by tokens: columns are the values in a tile (tokens x heads x rotated columns), depth the most heads in it.
+    "rope": {
+        80: [(1 << 62, {"columns": 1024, "depth": 4, "warps": 2, "stages": 3})],
+        86: [(1 << 62, {"columns": 1024, "depth": 4, "warps": 2, "stages": 2})],  # 3 spill
+        90: [(1 << 62, {"columns": 1024, "depth": 4, "warps": 2, "stages": 3})],
+    },
+    # embedding_backward, by tokens: depth is where a sum over sorted tokens is cut.
+    "embedding_backward": {80: [(1 << 62, {"rows": 8, "columns": 512, "depth": 128, "warps": 2})]},
+    # adamw_step and grad_norm_parts, by values: rows are the tiles of a program; grad_norm_join, by parts.
+    "adamw_step": {80: [(1 << 62, {"rows": 4, "columns": 2048, "warps": 4})]},
+    "grad_norm_parts": {80: [(1 << 62, {"rows": 16, "columns": 1024, "warps": 4})]},
+    "grad_norm_join": {80: [(1 << 62, {"columns": 4096, "warps": 16})]},
 }

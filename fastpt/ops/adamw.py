@@ -94,6 +94,7 @@ _step = register(
     reference=reference,
     fake=lambda *_: None,
     cost=_cost,
+    triton="fastpt.kernels.adamw:step",
 )
 
 
@@ -108,6 +109,7 @@ _norm = register(
     reference=grad_norm_reference,
     fake=_fake_norm,
     cost=lambda grads: Cost(nbytes(*grads), 4, 2 * sum(g.numel() for g in grads)),
+    triton="fastpt.kernels.adamw:grad_norm",
 )
 
 

@@ -46,6 +46,7 @@ _backward = register(
     reference=reference_backward,
     fake=_fake_backward,
     cost=_cost_backward,
+    triton="fastpt.kernels.embedding:backward",
 )
 
 

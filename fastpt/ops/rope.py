@@ -52,6 +52,7 @@ _rope = register(
     reference=reference,
     fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
     cost=_cost,
+    triton="fastpt.kernels.rope:forward",
 )
 
 

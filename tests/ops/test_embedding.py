@@ -18,7 +18,7 @@ from tests.helpers import (
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padding_idx", [None, 3, -1])
-@pytest.mark.parametrize(("ids", "shape"), [((1,), (1, 1)), ((2, 7), (5, 33)), ((3000,), (50, 8)), ((0,), (4, 4))])
+@pytest.mark.parametrize(("ids", "shape"), [((1,), (1, 1)), ((2, 7), (5, 33)), ((600,), (50, 8)), ((0,), (4, 4))])
 def test_not_worse_than_eager(ids, shape, padding_idx, dtype):
     ids, weight = torch.randint(shape[0], ids), torch.randn(shape).requires_grad_()
     padding_idx = padding_idx if padding_idx is None or shape[0] > 3 else 0
@@ -51,16 +51,28 @@ def test_the_gradient_is_float32_where_the_weight_takes_it():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_number_of_threads(dtype):
-    ids, grad = torch.randint(300, (5000,)).square() // 300, torch.randn(5000, 64).to(dtype)
+    ids, grad = torch.randint(30, (450,)).square() // 10, torch.randn(450, 128).to(dtype)  # three threads' worth
     threads, found = torch.get_num_threads(), []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        found.append(_backward(grad, ids, 300, 0))
+        found.append(_backward(grad, ids, 90, 0))
     torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
-    exact = torch.zeros(300, 64, dtype=torch.float64).index_add_(0, ids[ids != 0], grad[ids != 0].double())
+    exact = torch.zeros(90, 128, dtype=torch.float64).index_add_(0, ids[ids != 0], grad[ids != 0].double())
     torch.testing.assert_close(found[0].double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_sums_of_any_length_and_place(dtype):
+    """Frequent ids, whose sums are cut into pieces, beside rare ones."""
+    lengths = torch.tensor([1, 126, 2, 300, 0, 83, 128, 129, 1])
+    ids = torch.arange(len(lengths)).repeat_interleave(lengths)[torch.randperm(int(lengths.sum()))]
+    grad = torch.randn(len(ids), 40).to(dtype)
+    for padding_idx in (-1, 3):
+        kept = ids != padding_idx
+        exact = torch.zeros(12, 40, dtype=torch.float64).index_add_(0, ids[kept], grad[kept].double())
+        torch.testing.assert_close(_backward(grad, ids, 12, padding_idx).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_tied_with_the_head_and_over_micro_batches():

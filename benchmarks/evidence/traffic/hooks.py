@@ -51,6 +51,7 @@ def _hook_launches() -> None:
         if _meter is not None:
             arguments = [*zip(self.arg_names, positional, strict=False), *named.items()]
             tensors = [found for name, value in arguments for found in _tensors(name, value)]
+            tensors += [("addressed", tensor) for value in args_dev for tensor in getattr(value, "points_to", ())]
             _meter.begin_launch(self.fn.__name__, tensors)
         return positional, named
 
