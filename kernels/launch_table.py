@@ -128,9 +128,6 @@ TABLE: dict[str, dict[int, Entries]] = {
             (256, {"rows": 16, "columns": 16, "warps": 8, "stages": 1}),
         ]
     },
-TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
-    "swiglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
-    "swiglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
     # rope, by tokens: columns are the values in a tile (tokens x heads x rotated columns), depth the most heads in it.
     "rope": {
         80: [(1 << 62, {"columns": 1024, "depth": 4, "warps": 2, "stages": 3})],
