@@ -16,9 +16,9 @@ from fastpt.ops._library import OPS
 
 def install() -> None:
     """Make the interpreter compute and refuse what the compiler does; once per process, before a kernel first runs."""
-    from benchmarks.evidence.interpreter import bf16, builtins, strict
+    from benchmarks.evidence.interpreter import bf16, builtins, products, strict
 
-    for part in (builtins, bf16, strict):
+    for part in (builtins, bf16, strict, products):
         part.install()
 
 

@@ -129,14 +129,14 @@ def _sum_in_float32(self, block):
     return _narrowed(_sum(self, _widened(block))) if is_bf16(block.handle) else _sum(self, block)
 
 
-def _min_max_in_float32(self, block, value_op, index_op=None):
+def _min_max_in_float32(self, block, val_reduce_op, idx_reduce_op=None):
     block = block[0] if isinstance(block, tuple) else block
     if not is_bf16(block.handle):
-        return _min_max(self, block, value_op, index_op)
-    result = _min_max(self, _widened(block), value_op, index_op)
+        return _min_max(self, block, val_reduce_op, idx_reduce_op)
+    result = _min_max(self, _widened(block), val_reduce_op, idx_reduce_op)
     if isinstance(result, tuple):
         return (_narrowed(result[0]), *result[1:])
-    return _narrowed(result) if value_op else result
+    return _narrowed(result) if val_reduce_op else result
 
 
 def _cumsum_in_float32(self, block):
