@@ -45,6 +45,13 @@ def in_parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [high] if x.dtype == dtype else [high, (x - high).to(dtype)]
 
 
+def multiply_exactly(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+    """out = a @ b.T of few columns: as one product of the parts of both in `dtype`, but for the parts that are least."""
+    pairs = [(x, y) for i, x in enumerate(in_parts(a, dtype)) for j, y in enumerate(in_parts(b, dtype)) if i + j < 2]
+    left, right = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
+    multiply(left, right.t(), out)
+
+
 @dataclass
 class Chunk:
     """Some rows of one batch: hidden [n, D], logits and dlogits [n, V] (rows padded), their places in the batch."""
@@ -129,18 +136,18 @@ class Head:
             start += n
 
     def _write_logits(self, chunk: Chunk) -> None:
-        """hidden @ weight.T added onto what is smaller, so that only the sum's rounding is as large as the sum's."""
-        adds = False
-        if chunk.low_hidden is not None and self.low_weight is not None:
-            dtype = self.hidden.dtype
-            low, weight = in_parts(chunk.low_hidden, dtype), in_parts(self.low_weight, dtype)
-            pairs = [(a, b) for i, a in enumerate(low) for j, b in enumerate(weight) if i + j < 2]
-            low, weight = (torch.cat(side, 1) for side in zip(*pairs, strict=True))
-            multiply(low, weight.t(), chunk.logits)
-            adds = True
-        if self.bias is not None:
-            chunk.logits.add_(self.bias) if adds else chunk.logits.copy_(self.bias)
-            adds = True
+        """hidden @ weight.T, added onto the low-rank product and the bias, which round once together."""
+        low, adds = chunk.low_hidden, True
+        if low is not None and self.low_weight is not None:
+            left, right = low, self.low_weight
+            if self.bias is not None:
+                left = torch.cat([low, low.new_ones(len(low), 1)], 1)
+                right = torch.cat([right, self.bias[:, None].to(right.dtype)], 1)
+            multiply_exactly(left, right, self.hidden.dtype, chunk.logits)
+        elif self.bias is not None:
+            chunk.logits.copy_(self.bias)
+        else:
+            adds = False
         multiply(chunk.hidden, self.weight.t(), chunk.logits, adds=adds)
 
     def add_grads(self, chunk: Chunk, alpha: float = 1.0) -> None:

@@ -15,28 +15,36 @@ NEGLIGIBLE: tl.constexpr = tl.constexpr(-104.0)  # e^-104 is 0 in float32
 
 
 @triton.jit
-def tanh(x):
-    """Within 2 ulp: an odd polynomial near 0, where 1 - e^-2|x| would cancel."""
-    square = x * x
-    near = x * (1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-    decay = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
-def capped(z, scale, softcap, CAPPED: tl.constexpr):
-    z = z * scale
+def capped(x, scale, softcap, CAPPED: tl.constexpr):
+    """The logit that x stands for, and its derivative by x."""
+    z = x * scale
+    slope = scale
     if CAPPED:
-        z = softcap * tanh(z / softcap)
-    return z
+        z = z / softcap
+        square = z * z
+        decay = tl.exp(-2.0 * tl.abs(z))
+        # tanh within 2 ulp: a polynomial (through Chebyshev nodes of z² in [0, 0.5]) where 1 - e^-2|z| would cancel.
+        poly = 0.021679992 + square * (-0.00808921 + square * 0.0020389156)
+        poly = -0.33333333 + square * (0.13333242 + square * (-0.053946702 + square * poly))
+        near = z + z * (square * poly)
+        far = 1.0 - 2.0 * decay / (1.0 + decay)
+        is_near = square < 0.49
+        slope = scale * tl.where(is_near, 1.0 - near * near, 4.0 * decay / ((1.0 + decay) * (1.0 + decay)))
+        z = softcap * tl.where(is_near, near, tl.where(z < 0.0, -far, far))
+    return z, slope
 
 
 @triton.jit
-def load_logits(row_ptr, cols, bound, classes, scale, softcap, CAPPED: tl.constexpr):
-    """Logits of a tile in float32, -inf past the last class (`bound` may be past it, to keep accesses 16 bytes wide)."""
-    z = tl.load(row_ptr + cols, mask=cols < bound, other=0.0).to(tl.float32)
-    return tl.where(cols < classes, capped(z, scale, softcap, CAPPED), float("-inf"))
+def load_row(row_ptr, cols, bound):
+    """What the logits of a tile are made of; `bound` may be past the last class, to keep accesses 16 bytes wide."""
+    return tl.load(row_ptr + cols, mask=cols < bound, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def logits_of(x, cols, classes, scale, softcap, CAPPED: tl.constexpr):
+    """-inf past the last class."""
+    z, _ = capped(x, scale, softcap, CAPPED)
+    return tl.where(cols < classes, z, float("-inf"))
 
 
 @triton.jit
@@ -49,10 +57,12 @@ def held_sums(z, cols, classes, class_weight_ptr, ENTROPY: tl.constexpr, MEAN: t
     """max, sum e^d, sum d e^d for d = z - max, class-weighted sum of z and sum of class weights of a row in one tile."""
     top = tl.max(z, axis=0)
     d = z - top
+    if ENTROPY:
+        d = tl.where(d < NEGLIGIBLE, NEGLIGIBLE, d)  # -inf times 0 would be NaN
     e = tl.exp(d)
     moment = 0.0
     if ENTROPY:
-        moment = tl.sum(tl.where(d < NEGLIGIBLE, 0.0, d * e), axis=0)
+        moment = tl.sum(d * e, axis=0)
     total_z = 0.0
     total_weight = 0.0
     if MEAN:
@@ -79,7 +89,7 @@ def streamed_sums(
     weights = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, bound, BLOCK, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK)
-        z = load_logits(row_ptr, cols, bound, classes, scale, softcap, CAPPED)
+        z = logits_of(load_row(row_ptr, cols, bound), cols, classes, scale, softcap, CAPPED)
         d = z - tops
         d = tl.where(d < NEGLIGIBLE, NEGLIGIBLE, tl.where(d > -NEGLIGIBLE, -NEGLIGIBLE, d))  # NaN stays NaN
         e = tl.exp(-tl.abs(d))
@@ -106,13 +116,14 @@ def streamed_sums(
 
 @triton.jit
 def logit_gradient(
-    z, top, log_sum, cols, target, of_p, of_p_log_p, of_all, of_target, scale, softcap, class_weight_ptr, classes,
+    x, top, log_sum, cols, target, of_p, of_p_log_p, of_all, of_target, scale, softcap, class_weight_ptr, classes,
     CAPPED: tl.constexpr, ENTROPY: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """p (of_p + of_p_log_p log p) + of_all class_weight + of_target 1[v = target], taken back through cap and scale.
 
     log p is z - max - log_sum: against a rounded logsumexp every p of the row would share its rounding.
     """
+    z, slope = capped(x, scale, softcap, CAPPED)
     log_p = (z - top) - log_sum
     p = tl.exp(log_p)
     if ENTROPY:
@@ -124,11 +135,7 @@ def logit_gradient(
             dz += of_all
         else:
             dz += of_all * load_weights(class_weight_ptr, cols, classes)
-    dz = tl.where(cols == target, dz + of_target, dz)
-    if CAPPED:
-        ratio = z / softcap
-        dz *= 1.0 - ratio * ratio
-    return dz * scale
+    return slope * tl.where(cols == target, dz + of_target, dz)
 
 
 @triton.jit
@@ -137,7 +144,7 @@ def load_target(row_ptr, targets_ptr, t, classes, scale, softcap, class_weight_p
     y = tl.load(targets_ptr + t)
     is_class = (y >= 0) & (y < classes)
     column = tl.where(is_class, y, 0).to(tl.int32)
-    z = capped(tl.load(row_ptr + column).to(tl.float32), scale, softcap, CAPPED)
+    z, _ = capped(tl.load(row_ptr + column).to(tl.float32), scale, softcap, CAPPED)
     weight = 1.0
     if class_weight_ptr is not None:
         weight = tl.load(class_weight_ptr + column).to(tl.float32)
@@ -159,7 +166,7 @@ def row_statistics(
     _, z_target, weight = load_target(row_ptr, targets_ptr, t, classes, scale, softcap, None, CAPPED)
     if HELD:
         cols = tl.arange(0, BLOCK)
-        z = load_logits(row_ptr, cols, bound, classes, scale, softcap, CAPPED)
+        z = logits_of(load_row(row_ptr, cols, bound), cols, classes, scale, softcap, CAPPED)
         top, total, moment, total_z, _ = held_sums(z, cols, classes, class_weight_ptr, True, True)
     else:
         top, total, moment, total_z, _ = streamed_sums(
@@ -195,9 +202,8 @@ def row_statistics_backward(
     log_sum = tl.load(log_sum_ptr + t)
     for start in tl.range(0, bound, BLOCK, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK)
-        z = load_logits(row_ptr, cols, bound, classes, scale, softcap, CAPPED)
         dz = logit_gradient(
-            z, top, log_sum, cols, target, of_p, -dentropy, of_all, dlogprob, scale, softcap, class_weight_ptr,
+            load_row(row_ptr, cols, bound), top, log_sum, cols, target, of_p, -dentropy, of_all, dlogprob, scale, softcap, class_weight_ptr,
             classes, CAPPED, True, True,
         )  # fmt: skip
         tl.store(dlogits_ptr + i * dlogits_stride + cols, dz, mask=cols < bound)
@@ -233,7 +239,8 @@ def row_losses(
             row_ptr, targets_ptr, t, classes, scale, softcap, class_weight_ptr, CAPPED
         )
         if HELD:
-            z = load_logits(row_ptr, lanes, bound, classes, scale, softcap, CAPPED)
+            x = load_row(row_ptr, lanes, bound)
+            z = logits_of(x, lanes, classes, scale, softcap, CAPPED)
             top, total, _, total_z, total_weight = held_sums(z, lanes, classes, class_weight_ptr, False, SMOOTHED)
         else:
             top, total, _, total_z, total_weight = streamed_sums(
@@ -260,7 +267,7 @@ def row_losses(
             of_target = factor * (smoothing - 1.0) * weight
             if HELD:
                 dz = logit_gradient(
-                    z, top, log_sum, lanes, target, of_p, 0.0, of_all, of_target, scale, softcap, class_weight_ptr,
+                    x, top, log_sum, lanes, target, of_p, 0.0, of_all, of_target, scale, softcap, class_weight_ptr,
                     classes, CAPPED, False, SMOOTHED,
                 )  # fmt: skip
                 tl.store(dlogits_ptr + i * dlogits_stride + lanes, dz, mask=lanes < bound)
@@ -268,9 +275,8 @@ def row_losses(
                 tiles = tl.cdiv(bound, BLOCK)
                 for tile in tl.range(0, tiles, num_stages=STAGES):
                     cols = (tiles - 1 - tile) * BLOCK + lanes
-                    z_tile = load_logits(row_ptr, cols, bound, classes, scale, softcap, CAPPED)
                     dz_tile = logit_gradient(
-                        z_tile, top, log_sum, cols, target, of_p, 0.0, of_all, of_target, scale, softcap,
+                        load_row(row_ptr, cols, bound), top, log_sum, cols, target, of_p, 0.0, of_all, of_target, scale, softcap,
                         class_weight_ptr, classes, CAPPED, False, SMOOTHED,
                     )  # fmt: skip
                     tl.store(dlogits_ptr + i * dlogits_stride + cols, dz_tile, mask=cols < bound)
@@ -310,9 +316,8 @@ def row_losses_backward(
     else:
         for start in tl.range(0, bound, BLOCK, num_stages=STAGES):
             cols = start + lanes
-            z = load_logits(row_ptr, cols, bound, classes, scale, softcap, CAPPED)
             dz = logit_gradient(
-                z, top, log_sum, cols, target, of_p, 0.0, of_all, of_target, scale, softcap, class_weight_ptr, classes,
+                load_row(row_ptr, cols, bound), top, log_sum, cols, target, of_p, 0.0, of_all, of_target, scale, softcap, class_weight_ptr, classes,
                 CAPPED, False, SMOOTHED,
             )  # fmt: skip
             tl.store(dlogits_ptr + i * dlogits_stride + cols, dz, mask=cols < bound)

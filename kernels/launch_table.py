@@ -34,5 +34,6 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
     },
     "row_statistics_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 2})]},
     "row_losses_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 2})]},
+    "sum_losses": {80: [(1 << 62, {"columns": 1024, "warps": 8})]},
     "scale_in_place": {80: [(1 << 62, {"columns": 4096, "warps": 8})]},
 }

@@ -40,7 +40,7 @@ def forward(
             _write_losses(head, chunk, class_weight, losses[chunk.rows], ignore_index, *options)
             if any(head.wants):
                 head.add_grads(chunk, share)
-        loss = losses.sum() * share
+        loss = losses.sum(dtype=torch.float64) * share
         if is_mean and class_weight is not None:
             y = head.targets if head.kept is None else head.targets[head.kept]
             total = class_weight[y].sum(dtype=torch.float32)
@@ -48,7 +48,7 @@ def forward(
             loss = loss * share
             for grad in head.grads:
                 grad.mul_(share)
-    return loss, *head.grads
+    return loss.float(), *head.grads
 
 
 def _write_losses(
