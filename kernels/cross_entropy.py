@@ -112,7 +112,8 @@ def _rows(
     rows, classes = logits.shape
     if rows == 0:
         return
-    launch = choose("row_losses", classes, logits.device)
+    takes_more = softcap is not None or class_weight is not None
+    launch = choose("row_losses_capped" if takes_more else "row_losses", classes, logits.device)
     row_losses[(rows,)](
         logits, dlogits, targets, None, class_weight, factor, losses, top, log_sum,
         logits.stride(0), 0 if dlogits is None else dlogits.stride(0),

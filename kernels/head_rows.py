@@ -54,7 +54,7 @@ def load_weights(class_weight_ptr, cols, classes):
 
 @triton.jit
 def held_sums(z, cols, classes, class_weight_ptr, ENTROPY: tl.constexpr, MEAN: tl.constexpr):
-    """max, sum e^d, sum d e^d for d = z - max, class-weighted sum of z and sum of class weights of a row in one tile."""
+    """e^d for d = z - max of a row in one tile; max, sum of e^d and of d e^d, class-weighted sum of z, sum of weights."""
     top = tl.max(z, axis=0)
     d = z - top
     if ENTROPY:
@@ -73,7 +73,7 @@ def held_sums(z, cols, classes, class_weight_ptr, ENTROPY: tl.constexpr, MEAN: t
             weight = load_weights(class_weight_ptr, cols, classes)
             total_z = tl.sum(tl.where(weight == 0.0, 0.0, inside * weight), axis=0)
             total_weight = tl.sum(weight, axis=0)
-    return top, tl.sum(e, axis=0), moment, total_z, total_weight
+    return e, top, tl.sum(e, axis=0), moment, total_z, total_weight
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def streamed_sums(
     row_ptr, bound, classes, scale, softcap, class_weight_ptr,
     CAPPED: tl.constexpr, ENTROPY: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same over many tiles: every lane keeps its own running maximum, so that nothing waits for other lanes."""
+    """The same sums over many tiles: every lane keeps its own running maximum, so that nothing waits for other lanes."""
     tops = tl.full((BLOCK,), LOWEST, tl.float32)
     totals = tl.zeros((BLOCK,), tl.float32)
     moments = tl.zeros((BLOCK,), tl.float32)
@@ -115,21 +115,17 @@ def streamed_sums(
 
 
 @triton.jit
-def logit_gradient(
-    x, top, log_sum, cols, target, of_p, of_p_log_p, of_all, of_target, scale, softcap, class_weight_ptr, classes,
-    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, ALL: tl.constexpr,
-):  # fmt: skip
-    """p (of_p + of_p_log_p log p) + of_all class_weight + of_target 1[v = target], taken back through cap and scale.
-
-    log p is z - max - log_sum: against a rounded logsumexp every p of the row would share its rounding.
-    """
+def probabilities(x, top, log_sum, scale, softcap, CAPPED: tl.constexpr):
+    """p, log p = z - max - log_sum (against a rounded logsumexp every p of the row would share its rounding), dz / dx."""
     z, slope = capped(x, scale, softcap, CAPPED)
     log_p = (z - top) - log_sum
-    p = tl.exp(log_p)
-    if ENTROPY:
-        dz = p * (of_p + of_p_log_p * tl.where(log_p < NEGLIGIBLE, NEGLIGIBLE, log_p))
-    else:
-        dz = p * of_p
+    return tl.exp(log_p), log_p, slope
+
+
+@triton.jit
+def logit_gradient(p, slope, cols, target, of_p, of_all, of_target, class_weight_ptr, classes, ALL: tl.constexpr):
+    """slope (p of_p + of_all class_weight + of_target 1[v = target]): formed in float32, the target's too."""
+    dz = p * of_p
     if ALL:
         if class_weight_ptr is None:
             dz += of_all
@@ -167,7 +163,7 @@ def row_statistics(
     if HELD:
         cols = tl.arange(0, BLOCK)
         z = logits_of(load_row(row_ptr, cols, bound), cols, classes, scale, softcap, CAPPED)
-        top, total, moment, total_z, _ = held_sums(z, cols, classes, class_weight_ptr, True, True)
+        _, top, total, moment, total_z, _ = held_sums(z, cols, classes, class_weight_ptr, True, True)
     else:
         top, total, moment, total_z, _ = streamed_sums(
             row_ptr, bound, classes, scale, softcap, class_weight_ptr, CAPPED, True, True, BLOCK, STAGES
@@ -202,10 +198,12 @@ def row_statistics_backward(
     log_sum = tl.load(log_sum_ptr + t)
     for start in tl.range(0, bound, BLOCK, num_stages=STAGES):
         cols = start + tl.arange(0, BLOCK)
+        x = load_row(row_ptr, cols, bound)
+        p, log_p, slope = probabilities(x, top, log_sum, scale, softcap, CAPPED)
+        log_p = tl.where(log_p < NEGLIGIBLE, NEGLIGIBLE, log_p)
         dz = logit_gradient(
-            load_row(row_ptr, cols, bound), top, log_sum, cols, target, of_p, -dentropy, of_all, dlogprob, scale, softcap, class_weight_ptr,
-            classes, CAPPED, True, True,
-        )  # fmt: skip
+            p, slope, cols, target, of_p - dentropy * log_p, of_all, dlogprob, class_weight_ptr, classes, True
+        )
         tl.store(dlogits_ptr + i * dlogits_stride + cols, dz, mask=cols < bound)
 
 
@@ -241,7 +239,7 @@ def row_losses(
         if HELD:
             x = load_row(row_ptr, lanes, bound)
             z = logits_of(x, lanes, classes, scale, softcap, CAPPED)
-            top, total, _, total_z, total_weight = held_sums(z, lanes, classes, class_weight_ptr, False, SMOOTHED)
+            e, top, total, _, total_z, total_weight = held_sums(z, lanes, classes, class_weight_ptr, False, SMOOTHED)
         else:
             top, total, _, total_z, total_weight = streamed_sums(
                 row_ptr, bound, classes, scale, softcap, class_weight_ptr, CAPPED, False, SMOOTHED, BLOCK, STAGES
@@ -266,19 +264,22 @@ def row_losses(
             of_all = -factor * smoothing / classes
             of_target = factor * (smoothing - 1.0) * weight
             if HELD:
+                slope = scale
+                if CAPPED:
+                    _, slope = capped(x, scale, softcap, CAPPED)
                 dz = logit_gradient(
-                    x, top, log_sum, lanes, target, of_p, 0.0, of_all, of_target, scale, softcap, class_weight_ptr,
-                    classes, CAPPED, False, SMOOTHED,
-                )  # fmt: skip
+                    e, slope, lanes, target, of_p / total, of_all, of_target, class_weight_ptr, classes, SMOOTHED
+                )
                 tl.store(dlogits_ptr + i * dlogits_stride + lanes, dz, mask=lanes < bound)
             else:
                 tiles = tl.cdiv(bound, BLOCK)
                 for tile in tl.range(0, tiles, num_stages=STAGES):
                     cols = (tiles - 1 - tile) * BLOCK + lanes
+                    x_tile = load_row(row_ptr, cols, bound)
+                    p, log_p, slope_tile = probabilities(x_tile, top, log_sum, scale, softcap, CAPPED)
                     dz_tile = logit_gradient(
-                        load_row(row_ptr, cols, bound), top, log_sum, cols, target, of_p, 0.0, of_all, of_target, scale, softcap,
-                        class_weight_ptr, classes, CAPPED, False, SMOOTHED,
-                    )  # fmt: skip
+                        p, slope_tile, cols, target, of_p, of_all, of_target, class_weight_ptr, classes, SMOOTHED
+                    )
                     tl.store(dlogits_ptr + i * dlogits_stride + cols, dz_tile, mask=cols < bound)
 
 
@@ -316,8 +317,8 @@ def row_losses_backward(
     else:
         for start in tl.range(0, bound, BLOCK, num_stages=STAGES):
             cols = start + lanes
+            p, log_p, slope = probabilities(load_row(row_ptr, cols, bound), top, log_sum, scale, softcap, CAPPED)
             dz = logit_gradient(
-                load_row(row_ptr, cols, bound), top, log_sum, cols, target, of_p, 0.0, of_all, of_target, scale, softcap, class_weight_ptr, classes,
-                CAPPED, False, SMOOTHED,
-            )  # fmt: skip
+                p, slope, cols, target, of_p, of_all, of_target, class_weight_ptr, classes, SMOOTHED
+            )
             tl.store(dlogits_ptr + i * dlogits_stride + cols, dz, mask=cols < bound)

@@ -9,7 +9,8 @@ from __future__ import annotations
 TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
     "swiglu_forward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
     "swiglu_backward": {80: [(1 << 62, {"columns": 2048, "warps": 4})]},
-    # The head (head_rows.py): size is the length of a row of logits; a tile that holds the row is read once.
+    # The head (head_rows.py): size is the length of a row of logits; a tile that holds the row is read once. "capped" also
+    # serves class weights: both take registers for every logit.
     "row_losses": {
         80: [
             (1024, {"columns": 1024, "warps": 2}),
@@ -18,6 +19,31 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
             (8192, {"columns": 8192, "warps": 8}),
             (16384, {"columns": 16384, "warps": 16}),
             (32768, {"columns": 32768, "warps": 32}),
+            (1 << 62, {"columns": 8192, "warps": 16, "stages": 2}),
+        ],
+        100: [
+            (1024, {"columns": 1024, "warps": 2}),
+            (2048, {"columns": 2048, "warps": 2}),
+            (4096, {"columns": 4096, "warps": 4}),
+            (8192, {"columns": 8192, "warps": 8}),
+            (16384, {"columns": 16384, "warps": 16}),
+            (32768, {"columns": 32768, "warps": 32}),
+            (1 << 62, {"columns": 8192, "warps": 16, "stages": 3}),
+        ],
+    },
+    "row_losses_capped": {
+        80: [
+            (1024, {"columns": 1024, "warps": 2}),
+            (2048, {"columns": 2048, "warps": 4}),
+            (4096, {"columns": 4096, "warps": 8}),
+            (8192, {"columns": 8192, "warps": 16}),
+            (1 << 62, {"columns": 8192, "warps": 16, "stages": 2}),
+        ],
+        100: [
+            (1024, {"columns": 1024, "warps": 2}),
+            (2048, {"columns": 2048, "warps": 4}),
+            (4096, {"columns": 4096, "warps": 8}),
+            (8192, {"columns": 8192, "warps": 16}),
             (1 << 62, {"columns": 8192, "warps": 16, "stages": 2}),
         ],
     },
@@ -29,7 +55,16 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
             (8192, {"columns": 8192, "warps": 8}),
             (16384, {"columns": 16384, "warps": 16}),
             (32768, {"columns": 32768, "warps": 32}),
-            (1 << 62, {"columns": 8192, "warps": 16, "stages": 2}),
+            (1 << 62, {"columns": 4096, "warps": 8, "stages": 2}),
+        ],
+        100: [
+            (1024, {"columns": 1024, "warps": 2}),
+            (2048, {"columns": 2048, "warps": 2}),
+            (4096, {"columns": 4096, "warps": 4}),
+            (8192, {"columns": 8192, "warps": 8}),
+            (16384, {"columns": 16384, "warps": 16}),
+            (32768, {"columns": 32768, "warps": 32}),
+            (1 << 62, {"columns": 4096, "warps": 8, "stages": 3}),
         ],
     },
     "row_statistics_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 2})]},

@@ -55,7 +55,8 @@ def _write_losses(
     head: Head, chunk: Chunk, class_weight: Tensor | None, losses: Tensor, ignore_index: int, logit_scale: float,
     softcap: float | None, label_smoothing: float, z_loss: float,
 ) -> None:  # fmt: skip
-    launch = choose("row_losses", head.bound, losses.device)
+    takes_more = softcap is not None or class_weight is not None
+    launch = choose("row_losses_capped" if takes_more else "row_losses", head.bound, losses.device)
     targets = head.targets[chunk.rows] if chunk.places is None else head.targets
     row_losses[(len(losses),)](
         chunk.logits, chunk.dlogits if any(head.wants) else None, targets, chunk.places, class_weight, None, losses,
