@@ -45,9 +45,7 @@ def sum_losses(
         tl.store(share_ptr, share)
 
 
-def forward(
-    logits, targets, class_weight, ignore_index, softcap, logit_scale, label_smoothing, z_loss, reduction
-):
+def forward(logits, targets, class_weight, ignore_index, softcap, logit_scale, label_smoothing, z_loss, reduction):
     logits, targets, class_weight = _readable(logits), targets.contiguous(), _contiguous(class_weight)
     losses, top, log_sum = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
     loss, share = (logits.new_empty((), dtype=torch.float32) for _ in range(2))
@@ -61,7 +59,17 @@ def forward(
 
 
 def forward_and_gradient(
-    scale, logits, targets, class_weight, ignore_index, softcap, logit_scale, label_smoothing, z_loss, reduction, gradient
+    scale,
+    logits,
+    targets,
+    class_weight,
+    ignore_index,
+    softcap,
+    logit_scale,
+    label_smoothing,
+    z_loss,
+    reduction,
+    gradient,
 ):
     readable, targets, class_weight = _readable(logits), targets.contiguous(), _contiguous(class_weight)
     out = gradient if _is_readable(gradient) else torch.empty_like(readable)

@@ -246,12 +246,15 @@ def row_losses(
             )
         log_sum = tl.log(total)
         lse = top + log_sum
-        loss = (smoothing - 1.0) * weight * (z_target - top - log_sum) + z_loss * lse * lse
-        mean_weight = 1.0
+        of_lse = (1.0 - smoothing) * weight  # of lse - z_target; max is taken out of both before they are rounded
+        rest = of_lse * (top - z_target)
         if SMOOTHED:
+            mean_weight = 1.0
             if class_weight_ptr is not None:
                 mean_weight = total_weight / classes
-            loss += smoothing * (mean_weight * lse - total_z / classes)
+            of_lse += smoothing * mean_weight
+            rest += smoothing * (mean_weight * top - total_z / classes)
+        loss = of_lse * log_sum + rest + z_loss * lse * lse
         tl.store(loss_ptr + i, loss)
         if top_ptr is not None:
             tl.store(top_ptr + i, top)
@@ -260,7 +263,7 @@ def row_losses(
             factor = 1.0
             if factor_ptr is not None:
                 factor = tl.load(factor_ptr + i * factor_stride)
-            of_p = factor * ((1.0 - smoothing) * weight + smoothing * mean_weight + 2.0 * z_loss * lse)
+            of_p = factor * (of_lse + 2.0 * z_loss * lse)
             of_all = -factor * smoothing / classes
             of_target = factor * (smoothing - 1.0) * weight
             if HELD:
@@ -318,7 +321,5 @@ def row_losses_backward(
         for start in tl.range(0, bound, BLOCK, num_stages=STAGES):
             cols = start + lanes
             p, log_p, slope = probabilities(load_row(row_ptr, cols, bound), top, log_sum, scale, softcap, CAPPED)
-            dz = logit_gradient(
-                p, slope, cols, target, of_p, of_all, of_target, class_weight_ptr, classes, SMOOTHED
-            )
+            dz = logit_gradient(p, slope, cols, target, of_p, of_all, of_target, class_weight_ptr, classes, SMOOTHED)
             tl.store(dlogits_ptr + i * dlogits_stride + cols, dz, mask=cols < bound)

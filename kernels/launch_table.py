@@ -19,17 +19,8 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
             (8192, {"columns": 8192, "warps": 8}),
             (16384, {"columns": 16384, "warps": 16}),
             (32768, {"columns": 32768, "warps": 32}),
-            (1 << 62, {"columns": 8192, "warps": 16, "stages": 2}),
-        ],
-        100: [
-            (1024, {"columns": 1024, "warps": 2}),
-            (2048, {"columns": 2048, "warps": 2}),
-            (4096, {"columns": 4096, "warps": 4}),
-            (8192, {"columns": 8192, "warps": 8}),
-            (16384, {"columns": 16384, "warps": 16}),
-            (32768, {"columns": 32768, "warps": 32}),
-            (1 << 62, {"columns": 8192, "warps": 16, "stages": 3}),
-        ],
+            (1 << 62, {"columns": 4096, "warps": 16, "stages": 4}),
+        ]
     },
     "row_losses_capped": {
         80: [
@@ -37,15 +28,8 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
             (2048, {"columns": 2048, "warps": 4}),
             (4096, {"columns": 4096, "warps": 8}),
             (8192, {"columns": 8192, "warps": 16}),
-            (1 << 62, {"columns": 8192, "warps": 16, "stages": 2}),
-        ],
-        100: [
-            (1024, {"columns": 1024, "warps": 2}),
-            (2048, {"columns": 2048, "warps": 4}),
-            (4096, {"columns": 4096, "warps": 8}),
-            (8192, {"columns": 8192, "warps": 16}),
-            (1 << 62, {"columns": 8192, "warps": 16, "stages": 2}),
-        ],
+            (1 << 62, {"columns": 4096, "warps": 16, "stages": 4}),
+        ]
     },
     "row_statistics": {
         80: [
@@ -55,17 +39,8 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
             (8192, {"columns": 8192, "warps": 8}),
             (16384, {"columns": 16384, "warps": 16}),
             (32768, {"columns": 32768, "warps": 32}),
-            (1 << 62, {"columns": 4096, "warps": 8, "stages": 2}),
-        ],
-        100: [
-            (1024, {"columns": 1024, "warps": 2}),
-            (2048, {"columns": 2048, "warps": 2}),
-            (4096, {"columns": 4096, "warps": 4}),
-            (8192, {"columns": 8192, "warps": 8}),
-            (16384, {"columns": 16384, "warps": 16}),
-            (32768, {"columns": 32768, "warps": 32}),
-            (1 << 62, {"columns": 4096, "warps": 8, "stages": 3}),
-        ],
+            (1 << 62, {"columns": 8192, "warps": 32, "stages": 3}),
+        ]
     },
     "row_statistics_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 2})]},
     "row_losses_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 2})]},

@@ -28,7 +28,16 @@ def forward(
     label_smoothing, z_loss, is_mean, wants,
 ):  # fmt: skip
     head = Head(
-        hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_weight, hidden.dtype, [bool(w) for w in wants]
+        hidden,
+        weight,
+        targets,
+        kept,
+        ignore_index,
+        bias,
+        low_hidden,
+        low_weight,
+        hidden.dtype,
+        [bool(w) for w in wants],
     )
     losses = hidden.new_empty(head.rows, dtype=torch.float32)
     class_weight = None if class_weight is None else class_weight.contiguous()

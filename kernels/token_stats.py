@@ -17,9 +17,7 @@ NONE_WANTED = [False] * 5
 def forward(
     hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_weight, class_weight, softcap, logit_scale
 ):
-    head = Head(
-        hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_weight, torch.float32, NONE_WANTED
-    )
+    head = Head(hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_weight, torch.float32, NONE_WANTED)
     make = torch.empty if head.kept is None else torch.zeros  # rows without a target hold 0
     dtypes = [torch.float32] * 5 + [torch.bool]
     vectors = [make(len(hidden), dtype=dtype, device=hidden.device) for dtype in dtypes]
@@ -42,11 +40,18 @@ def backward(
     hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_weight, class_weight, softcap, logit_scale, wants,
 ):  # fmt: skip
     head = Head(
-        hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_weight, torch.float32, [bool(w) for w in wants]
+        hidden,
+        weight,
+        targets,
+        kept,
+        ignore_index,
+        bias,
+        low_hidden,
+        low_weight,
+        torch.float32,
+        [bool(w) for w in wants],
     )
-    vectors = [
-        v.contiguous() for v in (dlogprob, dentropy, dlogsumexp, dmean_logit, entropy, max_logit, log_sum)
-    ]
+    vectors = [v.contiguous() for v in (dlogprob, dentropy, dlogsumexp, dmean_logit, entropy, max_logit, log_sum)]
     class_weight = None if class_weight is None else class_weight.contiguous()
     launch = choose("row_statistics_backward", head.bound, hidden.device)
     with on_device(hidden):

@@ -31,14 +31,19 @@ def _weights(logits: Tensor, targets: Tensor, class_weight: Tensor | None, ignor
     """Targets with 0 where ignored, the weight of every row (0 where ignored), the mean class weight."""
     kept = targets != ignore_index
     targets = torch.where(kept, targets, 0)
+    wrong = (targets < 0) | (targets >= logits.shape[1])
+    if logits.device.type == "cpu" and wrong.any():  # elsewhere looking would cost a sync
+        row = int(wrong.nonzero()[0])
+        raise RuntimeError(
+            f"cross_entropy: target {int(targets[row])} of row {row} is not in [0, {logits.shape[1]}), "
+            f"nor the ignore_index {ignore_index}"
+        )
     if class_weight is None:
         return targets, kept.to(_wide(logits)), 1.0
     return targets, torch.where(kept, class_weight.to(_wide(logits))[targets], 0), class_weight.to(_wide(logits)).mean()
 
 
-def reference(
-    logits, targets, class_weight, ignore_index, softcap, logit_scale, label_smoothing, z_loss, reduction
-):
+def reference(logits, targets, class_weight, ignore_index, softcap, logit_scale, label_smoothing, z_loss, reduction):
     """The definition: loss [] or [T], and what the backward needs: max and log of the sum of e^(z - max) [T], share []."""
     z = _scaled(logits, softcap, logit_scale)
     kept = targets != ignore_index
@@ -78,7 +83,17 @@ def reference_backward(
 
 
 def reference_and_gradient(
-    scale, logits, targets, class_weight, ignore_index, softcap, logit_scale, label_smoothing, z_loss, reduction, gradient
+    scale,
+    logits,
+    targets,
+    class_weight,
+    ignore_index,
+    softcap,
+    logit_scale,
+    label_smoothing,
+    z_loss,
+    reduction,
+    gradient,
 ):
     options = targets, class_weight, ignore_index, softcap, logit_scale, label_smoothing, z_loss, reduction
     loss, *saved = reference(logits, *options)

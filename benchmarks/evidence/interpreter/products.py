@@ -12,9 +12,7 @@ def _mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.to(out_dtype) @ b.to(out_dtype)
 
 
-def _addmm(
-    total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta: float = 1, alpha: float = 1
-) -> Tensor:
+def _addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta: float = 1, alpha: float = 1) -> Tensor:
     return torch.addmm(total, a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha)
 
 
