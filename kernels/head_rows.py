@@ -279,7 +279,7 @@ def row_losses(
                 for tile in tl.range(0, tiles, num_stages=STAGES):
                     cols = (tiles - 1 - tile) * BLOCK + lanes
                     x_tile = load_row(row_ptr, cols, bound)
-                    p, log_p, slope_tile = probabilities(x_tile, top, log_sum, scale, softcap, CAPPED)
+                    p, _log_p, slope_tile = probabilities(x_tile, top, log_sum, scale, softcap, CAPPED)
                     dz_tile = logit_gradient(
                         p, slope_tile, cols, target, of_p, of_all, of_target, class_weight_ptr, classes, SMOOTHED
                     )
@@ -320,6 +320,6 @@ def row_losses_backward(
     else:
         for start in tl.range(0, bound, BLOCK, num_stages=STAGES):
             cols = start + lanes
-            p, log_p, slope = probabilities(load_row(row_ptr, cols, bound), top, log_sum, scale, softcap, CAPPED)
+            p, _log_p, slope = probabilities(load_row(row_ptr, cols, bound), top, log_sum, scale, softcap, CAPPED)
             dz = logit_gradient(p, slope, cols, target, of_p, of_all, of_target, class_weight_ptr, classes, SMOOTHED)
             tl.store(dlogits_ptr + i * dlogits_stride + cols, dz, mask=cols < bound)
