@@ -11,14 +11,15 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.evidence.interpreter import products
 from fastpt.ops._library import OPS
 
 
 def install() -> None:
     """Make the interpreter compute and refuse what the compiler does; once per process, before a kernel first runs."""
-    from benchmarks.evidence.interpreter import bf16, builtins, products, strict
+    from benchmarks.evidence.interpreter import bf16, builtins, strict
 
-    for part in (builtins, bf16, strict, products):
+    for part in (builtins, bf16, strict):
         part.install()
 
 
@@ -30,6 +31,7 @@ class TritonServes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        products.install()
         if triton.knobs.runtime.interpret:
             install()
         self.served: set[str] = set()
