@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.evidence.case import Bars, Case, Inputs, Make
 from benchmarks.evidence.cases.cross_entropy import PLAIN
-from benchmarks.evidence.cases.linear_cross_entropy import flops, floor, head
+from benchmarks.evidence.cases.linear_cross_entropy import floor, flops, head
 from fastpt.ops import token_stats
 
 
