@@ -25,11 +25,14 @@ def labels(rows: int, classes: int, ignored: int = 3) -> Tensor:
     return targets
 
 
-def reference(logits: Tensor, targets: Tensor, *, softcap=None, logit_scale=1.0, z_loss=0.0, **options) -> Tensor:
+def reference(
+    logits: Tensor, targets: Tensor, *, softcap=None, logit_scale=1.0, z_loss=0.0, class_weight=None, **options
+) -> Tensor:
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    loss = F.cross_entropy(z, targets, **options)
+    weight = None if class_weight is None else class_weight.to(z.dtype)
+    loss = F.cross_entropy(z, targets, weight=weight, **options)
     extra = torch.where(targets == -100, 0, z_loss * z.logsumexp(1) ** 2)
     return loss + (extra if options.get("reduction") == "none" else extra.sum() / (targets != -100).sum())
 
@@ -54,7 +57,7 @@ def real(make: Make) -> Iterator[Inputs]:
 
 
 def traffic(make: Make) -> Inputs:
-    return Inputs("48x32000", (make(48, 32000, grad=True), labels(48, 32000, ignored=100)))
+    return Inputs("48x32000", (make(48, 32000, grad=True), labels(48, 32000, ignored=1000)))
 
 
 def floor(logits: Tensor, targets: Tensor) -> tuple[int, int]:
@@ -86,7 +89,7 @@ def real_at_once(make: Make) -> Iterator[Inputs]:
 
 
 def traffic_at_once(make: Make) -> Inputs:
-    return Inputs("48x32000", (make(48, 32000), labels(48, 32000, ignored=100), torch.tensor(1.0)))
+    return Inputs("48x32000", (make(48, 32000), labels(48, 32000, ignored=1000), torch.tensor(1.0)))
 
 
 def floor_at_once(logits: Tensor, targets: Tensor, scale: Tensor) -> tuple[int, int]:
