@@ -14,7 +14,6 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
     "row_losses": {
         80: [
             (1024, {"columns": 1024, "warps": 2}),
-            (2048, {"columns": 2048, "warps": 2}),
             (4096, {"columns": 4096, "warps": 4}),
             (8192, {"columns": 8192, "warps": 8}),
             (16384, {"columns": 16384, "warps": 16}),
@@ -25,7 +24,6 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
     "row_losses_capped": {
         80: [
             (1024, {"columns": 1024, "warps": 2}),
-            (2048, {"columns": 2048, "warps": 4}),
             (4096, {"columns": 4096, "warps": 8}),
             (8192, {"columns": 8192, "warps": 16}),
             (1 << 62, {"columns": 4096, "warps": 16, "stages": 4}),
@@ -34,7 +32,6 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
     "row_statistics": {
         80: [
             (1024, {"columns": 1024, "warps": 2}),
-            (2048, {"columns": 2048, "warps": 2}),
             (4096, {"columns": 4096, "warps": 4}),
             (8192, {"columns": 8192, "warps": 8}),
             (16384, {"columns": 16384, "warps": 16}),
