@@ -139,7 +139,7 @@ def linear_cross_entropy(
     `kept` int64 [N] are the rows whose target is not `ignore_index`; without it they are found here (a sync on a GPU).
     Logits are softcap * tanh(logit_scale * (hidden @ weight.T + bias + lora_scale * hidden @ lora_a.T @ lora_b.T) /
     softcap); z_loss * logsumexp² is added per row. The mean is over kept rows, or over their class weights; none: 0.
-    Numerics: float32 logits and gradient sums, rounded once; the loss is float32. Differentiable once.
+    Numerics: float32 sums, also for the loss; on a GPU logits are stored in the dtype of hidden. Differentiable once.
     Raises: RuntimeError when shapes, dtypes or the reduction do not fit.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)
