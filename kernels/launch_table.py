@@ -140,4 +140,38 @@ TABLE: dict[str, dict[int, Entries]] = {
     "adamw_step": {80: [(1 << 62, {"rows": 4, "columns": 2048, "warps": 4})]},
     "grad_norm_parts": {80: [(1 << 62, {"rows": 16, "columns": 1024, "warps": 4})]},
     "grad_norm_join": {80: [(1 << 62, {"columns": 4096, "warps": 16})]},
+    # The head (head_rows.py): size is the length of a row of logits; a tile that holds the row is read once. "capped" also
+    # serves class weights: both take registers for every logit.
+    "row_losses": {
+        80: [
+            (1024, {"columns": 1024, "warps": 2}),
+            (4096, {"columns": 4096, "warps": 4}),
+            (8192, {"columns": 8192, "warps": 8}),
+            (16384, {"columns": 16384, "warps": 16}),
+            (32768, {"columns": 32768, "warps": 32}),
+            (1 << 62, {"columns": 4096, "warps": 16, "stages": 4}),
+        ]
+    },
+    "row_losses_capped": {
+        80: [
+            (1024, {"columns": 1024, "warps": 2}),
+            (4096, {"columns": 4096, "warps": 8}),
+            (8192, {"columns": 8192, "warps": 16}),
+            (1 << 62, {"columns": 4096, "warps": 16, "stages": 4}),
+        ]
+    },
+    "row_statistics": {
+        80: [
+            (1024, {"columns": 1024, "warps": 2}),
+            (4096, {"columns": 4096, "warps": 4}),
+            (8192, {"columns": 8192, "warps": 8}),
+            (16384, {"columns": 16384, "warps": 16}),
+            (32768, {"columns": 32768, "warps": 32}),
+            (1 << 62, {"columns": 8192, "warps": 32, "stages": 3}),
+        ]
+    },
+    "row_statistics_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 2})]},
+    "row_losses_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 2})]},
+    "sum_losses": {80: [(1 << 62, {"columns": 1024, "warps": 8})]},
+    "scale_in_place": {80: [(1 << 62, {"columns": 4096, "warps": 8})]},
 }

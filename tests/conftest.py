@@ -39,8 +39,15 @@ def default_device(request):
     import torch
 
     torch.set_default_device(request.param)
-    yield
+    yield request.param
     torch.set_default_device(None)
+
+
+@pytest.fixture
+def runs_on_cpu_kernels(request):
+    """Whether C++ or the references serve the test's tensors, rather than Triton and a library's GEMMs."""
+    device = request.getfixturevalue("default_device") if "default_device" in request.fixturenames else None
+    return not request.config.getoption(TRITON) and device in (None, "cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from fastpt.ops.adamw import adamw, grad_norm
 from fastpt.ops.attention import attention
 from fastpt.ops.bias_gelu import bias_gelu
+from fastpt.ops.cross_entropy import cross_entropy, cross_entropy_and_gradient
 from fastpt.ops.decode import decode_block, decode_logits
 from fastpt.ops.embedding import embedding
 from fastpt.ops.geglu import geglu
@@ -22,6 +23,8 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "bias_gelu",
+    "cross_entropy",
+    "cross_entropy_and_gradient",
     "decode_block",
     "decode_logits",
     "embedding",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastpt.ops._head import SCHEMA, Head, check_head, cost, empty_grads, kept_rows, low_rank_hidden
-from fastpt.ops._library import autocast, register
+from fastpt.ops._library import Cost, autocast, nbytes, register
 from fastpt.ops.token_stats import all_stats, row_statistics
 
 
@@ -65,12 +65,25 @@ def _cost(hidden, weight, targets, kept, ignore_index, bias, low_hidden, low_wei
     return cost(hidden, weight, kept, bias, low_hidden, low_weight, 1 + rest[-1][0] + rest[-1][1], grads)
 
 
+def _scale_reference(gradient: Tensor, factor: Tensor) -> None:
+    if factor.device.type != "cpu" or factor != 1:  # elsewhere the value would cost a sync
+        gradient.mul_(factor)
+
+
 _forward = register(
     f"linear_cross_entropy({SCHEMA}, float label_smoothing, float z_loss, bool is_mean, bool[5] wants) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
     cost=_cost,
+    triton="fastpt.kernels.linear_cross_entropy:forward",
+)
+_scale = register(  # in place, as a trained head's gradient is as large as the head; a factor of 1 costs a GPU nothing
+    "linear_cross_entropy_scale(Tensor(a!) gradient, Tensor factor) -> ()",
+    reference=_scale_reference,
+    fake=lambda gradient, factor: None,
+    cost=lambda gradient, factor: Cost(nbytes(gradient, factor), nbytes(gradient), gradient.numel()),
+    triton="fastpt.kernels.linear_cross_entropy:scale",
 )
 
 
@@ -95,8 +108,9 @@ def _scaled(grads: list[Tensor | None], scale: Tensor) -> list[Tensor | None]:
     """scale * grads: in place when this is the graph's last backward, as a trained head's gradient is as large as the head."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return [None if x is None else scale * x for x in grads]
-    if scale.device.type != "cpu" or scale != 1:  # on a GPU the value would cost a sync
-        grads = [None if x is None else x.mul_(scale) for x in grads]
+    for x in grads:
+        if x is not None:
+            _scale(x, scale)
     return grads
 
 
@@ -125,7 +139,7 @@ def linear_cross_entropy(
     `kept` int64 [N] are the rows whose target is not `ignore_index`; without it they are found here (a sync on a GPU).
     Logits are softcap * tanh(logit_scale * (hidden @ weight.T + bias + lora_scale * hidden @ lora_a.T @ lora_b.T) /
     softcap); z_loss * logsumexp² is added per row. The mean is over kept rows, or over their class weights; none: 0.
-    Numerics: float32 logits and gradient sums, rounded once; the loss is float32. Differentiable once.
+    Numerics: float32 sums, also for the loss; on a GPU logits are stored in the dtype of hidden. Differentiable once.
     Raises: RuntimeError when shapes, dtypes or the reduction do not fit.
     """
     hidden, weight, bias = autocast(hidden, weight, bias)

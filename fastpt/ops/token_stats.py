@@ -95,6 +95,7 @@ _forward = register(
     reference=reference,
     fake=_fake,
     cost=_cost,
+    triton="fastpt.kernels.token_stats:forward",
 )
 _backward = register(
     "token_stats_backward(Tensor dlogprob, Tensor dentropy, Tensor dlogsumexp, Tensor dmean_logit, Tensor entropy, "
@@ -102,6 +103,7 @@ _backward = register(
     reference=reference_backward,
     fake=_fake_backward,
     cost=_cost_backward,
+    triton="fastpt.kernels.token_stats:backward",
 )
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastpt.ops import linear_cross_entropy
-from fastpt.ops.linear_cross_entropy import _forward, reference
+from fastpt.ops.linear_cross_entropy import _forward, _scale, reference
 from tests.helpers import DTYPES, assert_not_worse, check_against_eager, check_compiles, check_opcheck
 
 OPTIONS = {
@@ -63,7 +63,7 @@ def test_not_worse_than_eager(shape, dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options(option, reduction, dtype):
-    *inputs, targets = make(37, 40, 300)
+    *inputs, targets = make(41, 40, 300)
     options = OPTIONS[option] | {"reduction": reduction}
     check_against_eager(
         lambda h, w, b: linear_cross_entropy(h, w, targets, bias=b, **options),
@@ -184,7 +184,9 @@ def test_the_last_backward_scales_in_place_and_ends_the_graph(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_depend_on_its_batch(dtype):
+def test_a_row_does_not_depend_on_its_batch(dtype, runs_on_cpu_kernels):
+    if not runs_on_cpu_kernels:
+        pytest.skip("the GEMM is not ours: cuBLAS chooses by the number of rows")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     hidden, weight, _, targets = make(150, 72, 600, ignored=1000)
@@ -195,8 +197,10 @@ def test_a_row_does_not_depend_on_its_batch(dtype):
     torch.set_num_threads(threads)
 
 
-def test_many_chunks_sum_to_the_whole():
+def test_many_chunks_sum_to_the_whole(runs_on_cpu_kernels):
     """At 100k classes a chunk holds 146 rows."""
+    if not runs_on_cpu_kernels:
+        pytest.skip("test_many_chunks_on_a_gpu")
     hidden, weight, bias, targets = make(300, 8, 100_000)
     kept = (targets != -100).nonzero().squeeze(1)
     loss = linear_cross_entropy(hidden, weight, targets, bias=bias, kept=kept)
@@ -206,6 +210,50 @@ def test_many_chunks_sum_to_the_whole():
     torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=0)
     for got, want in zip(torch.autograd.grad(loss, (hidden, weight, bias)), exact[1:4], strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-7 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("ignored", [3, 1000], ids=["some kept", "all kept"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_many_chunks_on_a_gpu(reduction, ignored, dtype, runs_on_cpu_kernels, monkeypatch):
+    """Three chunks of 128 rows at most; rows of 300 classes lie 304 apart."""
+    if runs_on_cpu_kernels:
+        pytest.skip("test_many_chunks_sum_to_the_whole")
+    monkeypatch.setattr("fastpt.kernels.head.CHUNK_BYTES", 1)
+    monkeypatch.setattr("fastpt.kernels.head.LEAST_ROWS", 128)
+    *inputs, targets = make(290, 24, 300, ignored=ignored)
+    targets[1] = 0 if ignored > 290 else -100
+    inputs += [torch.randn(4, 24).requires_grad_(), torch.randn(300, 4).requires_grad_()]
+    check_against_eager(
+        lambda h, w, b, lora_a, lora_b: linear_cross_entropy(
+            h, w, targets, bias=b, lora_a=lora_a, lora_b=lora_b, reduction=reduction
+        ),
+        lambda h, w, b, lora_a, lora_b: eager(h, w, b, targets, lora_a, lora_b, reduction=reduction),
+        inputs,
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("classes", [32768 + 16, 40001])
+@pytest.mark.parametrize("option", ["plain", "together"])
+def test_rows_longer_than_a_tile(option, classes):
+    """On a GPU such a row is read twice, in tiles."""
+    *inputs, targets = make(3, 8, classes)
+    options = OPTIONS[option] | {"class_weight": torch.rand(classes)}
+    check_against_eager(
+        lambda h, w, b: linear_cross_entropy(h, w, targets, bias=b, **options),
+        lambda h, w, b: eager(h, w, b, targets, **options),
+        inputs,
+        dtype=torch.bfloat16,
+    )
+
+
+def test_a_scale_of_one_leaves_the_gradient_alone():
+    gradient = torch.randn(5, 7)
+    for factor in (1.0, 3.0):
+        scaled = gradient.clone()
+        _scale(scaled, torch.tensor(factor))
+        assert torch.equal(scaled, gradient * factor)
 
 
 def test_weight_gradient_reaches_autograd_in_float32():
@@ -250,11 +298,16 @@ def test_autocast_and_no_grad():
         assert not linear_cross_entropy(hidden, weight, targets).requires_grad
 
 
-def test_errors_name_the_values():
+def test_errors_name_the_values(runs_on_cpu_kernels):
     hidden, weight, _, targets = make(6, 5, 9)
     with pytest.raises(RuntimeError, match=r"\(6, 5\).*\(9, 4\)"):
         linear_cross_entropy(hidden, weight[:, :4], targets)
     with pytest.raises(RuntimeError, match="'average'"):
         linear_cross_entropy(hidden, weight, targets, reduction="average")
-    with pytest.raises(RuntimeError, match="target 9 of row 2"):
-        linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 9, 0, 0, 0]))
+    targets = torch.tensor([0, 1, 9, 0, 0, 0])
+    if runs_on_cpu_kernels:
+        with pytest.raises(RuntimeError, match="target 9 of row 2"):
+            linear_cross_entropy(hidden, weight, targets)
+    else:  # a GPU does not wait for the targets to be looked at: the row's loss says it
+        assert linear_cross_entropy(hidden, weight, targets).isnan()
+        assert torch.equal(linear_cross_entropy(hidden, weight, targets, reduction="none").isnan(), targets == 9)

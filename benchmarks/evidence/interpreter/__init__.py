@@ -11,6 +11,7 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.evidence.interpreter import products
 from fastpt.ops._library import OPS
 
 
@@ -30,6 +31,7 @@ class TritonServes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        products.install()
         if triton.knobs.runtime.interpret:
             install()
         self.served: set[str] = set()

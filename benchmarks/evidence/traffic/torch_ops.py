@@ -6,6 +6,7 @@ import collections
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -99,6 +100,7 @@ def _flops(func, name: str, args, kwargs, result) -> int:
     formula = flop_registry.get(func._overloadpacket)
     if formula is None:
         return 0
+    args = [value for value in args if not isinstance(value, torch.dtype)]  # the out_dtype of mm and addmm
     return formula(
         *args, **{k: v for k, v in kwargs.items() if k not in ("beta", "alpha", "out_dtype")}, out_val=result
     )
