@@ -128,6 +128,7 @@ forward = register(
     reference=reference,
     fake=_fake,
     cost=_cost,
+    triton="fastpt.kernels.lora_linear:forward",
 )
 backward = register(
     "lora_linear_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor?[] lora_a, Tensor?[] lora_b, Tensor[] xas, "
@@ -136,6 +137,7 @@ backward = register(
     reference=reference_backward,
     fake=_fake_backward,
     cost=_cost_backward,
+    triton="fastpt.kernels.lora_linear:backward",
 )
 
 
