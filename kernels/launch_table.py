@@ -12,26 +12,67 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
     # lora_linear. The products' size is bytes of an element; that of the low-rank kernels is ranks x products of each.
     "lora_output": {
         80: [
-            (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 4, "stages": 4}),
-            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 2}),
+            (2, {"rows": 128, "columns": 128, "depth": 64, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
         ],
         90: [
-            (2, {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 3}),
-            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 2}),
+            (2, {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
+        ],
+        120: [
+            (2, {"rows": 128, "columns": 128, "depth": 64, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
         ],
     },
     "lora_input_grad": {
         80: [
             (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 4, "stages": 4}),
-            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 2}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
         ],
         90: [
-            (2, {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 3}),
-            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 2}),
+            (2, {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
+        ],
+        120: [
+            (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 4, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
         ],
     },
-    "lora_hidden": {80: [(1 << 62, {"rows": 64, "depth": 64, "warps": 4, "stages": 4})]},
-    "lora_hidden_grad": {80: [(1 << 62, {"rows": 64, "columns": 128, "warps": 4, "stages": 3})]},
-    "lora_a_grad": {80: [(1 << 62, {"rows": 64, "columns": 128, "warps": 4, "stages": 3})]},
-    "lora_sum": {80: [(1 << 62, {"columns": 1024, "warps": 4})]},
+    "lora_hidden": {
+        80: [
+            (64, {"rows": 64, "depth": 64, "warps": 4, "stages": 4}),
+            (1 << 62, {"rows": 64, "depth": 32, "warps": 4, "stages": 4}),
+        ],
+        90: [(1 << 62, {"rows": 64, "depth": 64, "warps": 4, "stages": 4})],
+        120: [
+            (64, {"rows": 64, "depth": 64, "warps": 4, "stages": 4}),
+            (1 << 62, {"rows": 64, "depth": 32, "warps": 4, "stages": 4}),
+        ],
+    },
+    "lora_hidden_grad": {
+        80: [
+            (64, {"rows": 128, "columns": 128, "depth": 64, "warps": 8, "stages": 3}),
+            (1 << 62, {"rows": 64, "columns": 128, "depth": 32, "warps": 8, "stages": 3}),
+        ],
+        90: [
+            (64, {"rows": 64, "columns": 256, "depth": 64, "warps": 8, "stages": 3}),
+            (1 << 62, {"rows": 64, "columns": 128, "depth": 32, "warps": 8, "stages": 3}),
+        ],
+        120: [
+            (64, {"rows": 128, "columns": 128, "depth": 64, "warps": 8, "stages": 3}),
+            (1 << 62, {"rows": 64, "columns": 128, "depth": 32, "warps": 8, "stages": 3}),
+        ],
+    },
+    "lora_a_grad": {
+        80: [
+            (64, {"rows": 64, "columns": 128, "warps": 4, "stages": 3}),
+            (1 << 62, {"rows": 32, "columns": 128, "warps": 8, "stages": 3}),
+        ],
+        90: [(1 << 62, {"rows": 64, "columns": 128, "warps": 4, "stages": 4})],
+        120: [
+            (64, {"rows": 64, "columns": 128, "warps": 4, "stages": 3}),
+            (1 << 62, {"rows": 32, "columns": 128, "warps": 8, "stages": 3}),
+        ],
+    },
+    "lora_sum": {80: [(1 << 62, {"rows": 8, "columns": 512, "warps": 4})]},
 }

@@ -27,6 +27,17 @@ def product(a, b, acc):
 
 
 @triton.jit
+def _low_rank_product(low, up, acc, IS_WIDE: tl.constexpr):
+    """acc + low @ up for an accumulator that is rounded to 16 bits unless IS_WIDE: of float32 operands 16 bits are enough."""
+    if IS_WIDE | (low.dtype != tl.float32):
+        return tl.dot(low, up.to(low.dtype), acc, input_precision="tf32x3")
+    low_high, up_high = low.to(tl.bfloat16), up.to(tl.bfloat16)
+    low_rest = (low - low_high.to(tl.float32)).to(tl.bfloat16)
+    up_rest = (up.to(tl.float32) - up_high.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(low_high, up_high, tl.dot(low_high, up_rest, tl.dot(low_rest, up_high, acc)))
+
+
+@triton.jit
 def _tile_of(pid, row_tiles, column_tiles, GROUP: tl.constexpr):
     """Row and column of a tile: GROUP rows of tiles at a time, so that their operands stay in L2."""
     band = GROUP * column_tiles
@@ -36,7 +47,8 @@ def _tile_of(pid, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _add_low_rank(acc, low_ptr, low_stride, up_ptr, up_stride, up_step, rows, columns, T, width, rank, BR: tl.constexpr):
+def _add_low_rank(acc, low_ptr, low_stride, up_ptr, up_stride, up_step, rows, columns, T, width, rank, BR: tl.constexpr,
+                  IS_WIDE: tl.constexpr):  # fmt: skip
     """acc + low [T, rank] @ up [rank, width]."""
     for first in tl.range(0, rank, BR, num_stages=1):
         at = first + tl.arange(0, BR)
@@ -44,29 +56,40 @@ def _add_low_rank(acc, low_ptr, low_stride, up_ptr, up_stride, up_step, rows, co
         low = tl.load(low_ptr + rows.to(tl.int64)[:, None] * low_stride + at[None, :], mask=low_mask, other=0.0)
         up_mask = (at < rank)[:, None] & (columns < width)[None, :]
         up = tl.load(up_ptr + at[:, None] * up_stride + columns[None, :] * up_step, mask=up_mask, other=0.0)
-        acc = product(low, up.to(low.dtype), acc)
+        acc = _low_rank_product(low, up, acc, IS_WIDE)
     return acc
 
 
 @triton.jit
-def _add_product(acc, a_ptr, a_stride, a_step, b_ptr, b_stride, b_step, rows, columns, T, width, depth,
-                 BK: tl.constexpr, IS_EVEN: tl.constexpr):  # fmt: skip
-    """acc + a [T, depth] @ b [depth, width]; any strides."""
-    at = tl.arange(0, BK)
-    a_at = a_ptr + rows.to(tl.int64)[:, None] * a_stride + at.to(tl.int64)[None, :] * a_step
-    b_at = b_ptr + at.to(tl.int64)[:, None] * b_stride + columns.to(tl.int64)[None, :] * b_step
-    a_mask, b_mask = (rows < T)[:, None], (columns < width)[None, :]
+def _add_product(acc, a_ptr, a_stride, a_step, b_ptr, b_stride, b_step, row, column, T, width, depth, BM: tl.constexpr,
+                 BN: tl.constexpr, BK: tl.constexpr, IS_EVEN: tl.constexpr):  # fmt: skip
+    """acc + a [T, depth] @ b [depth, width] from row and column on, any strides; only a tile's start needs 64 bits."""
+    at, rows, columns = tl.arange(0, BK), tl.arange(0, BM), tl.arange(0, BN)
+    a_ptr += tl.cast(row, tl.int64) * a_stride
+    b_ptr += tl.cast(column, tl.int64) * b_step
+    a_at = rows[:, None] * a_stride + at[None, :] * a_step
+    b_at = at[:, None] * b_stride + columns[None, :] * b_step
+    a_mask, b_mask = (rows < T - row)[:, None], (columns < width - column)[None, :]
     for first in range(0, depth, BK):
         if IS_EVEN:
-            a = tl.load(a_at, mask=a_mask, other=0.0)
-            b = tl.load(b_at, mask=b_mask, other=0.0)
+            a = tl.load(a_ptr + a_at, mask=a_mask, other=0.0)
+            b = tl.load(b_ptr + b_at, mask=b_mask, other=0.0)
         else:
-            a = tl.load(a_at, mask=a_mask & (first + at < depth)[None, :], other=0.0)
-            b = tl.load(b_at, mask=b_mask & (first + at < depth)[:, None], other=0.0)
+            a = tl.load(a_ptr + a_at, mask=a_mask & (first + at < depth)[None, :], other=0.0)
+            b = tl.load(b_ptr + b_at, mask=b_mask & (first + at < depth)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="tf32x3")
-        a_at += BK * a_step
-        b_at += BK * b_stride
+        a_ptr += tl.cast(BK, tl.int64) * a_step
+        b_ptr += tl.cast(BK, tl.int64) * b_stride
     return acc
+
+
+@triton.jit
+def _store(acc, y_ptr, row, column, T, width, BM: tl.constexpr, BN: tl.constexpr):
+    """Store a tile of y [T, width]."""
+    rows, columns = tl.arange(0, BM), tl.arange(0, BN)
+    inside = (rows < T - row)[:, None] & (columns < width - column)[None, :]
+    y_ptr += tl.cast(row, tl.int64) * width + column
+    tl.store(y_ptr + rows[:, None] * width + columns[None, :], acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -74,22 +97,23 @@ def lora_output(x_ptr, weights, biases, lora_b, xas, ys, T, D, outs, ranks, scal
                 w_steps, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
                 IS_EVEN: tl.constexpr):  # fmt: skip
     """y_i = scale_i xa_i b_iᵀ + x w_iᵀ + bias_i; layer i has the columns of tiles from firsts[i] to firsts[i + 1]."""
-    row, column = _tile_of(tl.program_id(0), tl.cdiv(T, BM), firsts[N], 8)
-    rows = row * BM + tl.arange(0, BM)
+    row, tile = _tile_of(tl.program_id(0), tl.cdiv(T, BM), firsts[N], 8)
+    row *= BM
+    rows = row + tl.arange(0, BM)
     for i in tl.static_range(N):
-        if (column >= firsts[i]) & (column < firsts[i + 1]):
-            columns = (column - firsts[i]) * BN + tl.arange(0, BN)
+        if (tile >= firsts[i]) & (tile < firsts[i + 1]):
+            column = (tile - firsts[i]) * BN
+            columns = column + tl.arange(0, BN)
             acc = tl.zeros((BM, BN), dtype=tl.float32)
             if lora_b[i] is not None:
-                acc = _add_low_rank(acc, xas[i], ranks[i], lora_b[i], 1, ranks[i], rows, columns, T, outs[i], ranks[i], BR)
+                acc = _add_low_rank(acc, xas[i], ranks[i], lora_b[i], 1, ranks[i], rows, columns, T, outs[i], ranks[i],
+                                    BR, x_ptr.dtype.element_ty == tl.float32)  # fmt: skip
                 acc *= scales[i]
-            acc = _add_product(acc, x_ptr, x_stride, x_step, weights[i], w_steps[i], w_strides[i], rows, columns, T, outs[i],
-                               D, BK, IS_EVEN)  # fmt: skip
+            acc = _add_product(acc, x_ptr, x_stride, x_step, weights[i], w_steps[i], w_strides[i], row, column, T, outs[i],
+                               D, BM, BN, BK, IS_EVEN)  # fmt: skip
             if biases[i] is not None:
                 acc += tl.load(biases[i] + columns, mask=columns < outs[i], other=0.0).to(tl.float32)[None, :]
-            at = rows.to(tl.int64)[:, None] * outs[i] + columns[None, :]
-            inside = (rows < T)[:, None] & (columns < outs[i])[None, :]
-            tl.store(ys[i] + at, acc.to(ys[i].dtype.element_ty), mask=inside)
+            _store(acc, ys[i], row, column, T, outs[i], BM, BN)
 
 
 @triton.jit
@@ -99,20 +123,20 @@ def lora_input_grad(grads, weights, lora_a, dxa_ptr, dx_ptr, T, D, outs, ranks, 
                     IS_EVEN: tl.constexpr):  # fmt: skip
     """dx = sum of dropped_i(dxa_i a_i) + dy_i w_i; dxa_i are the columns of dxa from places[i], a_i those of the adapters."""
     row, column = _tile_of(tl.program_id(0), tl.cdiv(T, BM), tl.cdiv(D, BN), 8)
-    rows = row * BM + tl.arange(0, BM)
-    columns = column * BN + tl.arange(0, BN)
+    row, column = row * BM, column * BN
+    rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
+    IS_WIDE: tl.constexpr = dx_ptr.dtype.element_ty == tl.float32
     for i in tl.static_range(ADAPTERS):
         dxa = dxa_ptr + places[i]
         if THRESHOLD == 0:
-            acc = _add_low_rank(acc, dxa, dxa_stride, lora_a[i], D, 1, rows, columns, T, D, ranks[i], BR)
+            acc = _add_low_rank(acc, dxa, dxa_stride, lora_a[i], D, 1, rows, columns, T, D, ranks[i], BR, IS_WIDE)
         else:
             low = tl.zeros((BM, BN), dtype=tl.float32)
-            low = _add_low_rank(low, dxa, dxa_stride, lora_a[i], D, 1, rows, columns, T, D, ranks[i], BR)
+            low = _add_low_rank(low, dxa, dxa_stride, lora_a[i], D, 1, rows, columns, T, D, ranks[i], BR, IS_WIDE)
             keys = row_keys(seed_words[3 * i], seed_words[3 * i + 1], seed_words[3 * i + 2], rows)
             acc += tl.where(is_kept(keys[:, None], columns[None, :], THRESHOLD), low * keep_scale, 0.0)
     for i in tl.static_range(N):
-        acc = _add_product(acc, grads[i], grad_strides[i], 1, weights[i], w_strides[i], w_steps[i], rows, columns, T, D,
-                           outs[i], BK, IS_EVEN)  # fmt: skip
-    inside = (rows < T)[:, None] & (columns < D)[None, :]
-    tl.store(dx_ptr + rows.to(tl.int64)[:, None] * D + columns[None, :], acc.to(dx_ptr.dtype.element_ty), mask=inside)
+        acc = _add_product(acc, grads[i], grad_strides[i], 1, weights[i], w_strides[i], w_steps[i], row, column, T, D,
+                           outs[i], BM, BN, BK, IS_EVEN)  # fmt: skip
+    _store(acc, dx_ptr, row, column, T, D, BM, BN)

@@ -135,6 +135,7 @@ def _hidden_grads(grads, lora_b, xas, scales, group: Adapters, wants_x: bool, da
     device, tokens = grads[0].device, len(grads[0])
     block = _rank_block(max(group.ranks))
     launch = choose("lora_hidden_grad", block * _parts(grads[0], xas[0]), device)
+    block = min(block, launch.depth)  # the operands of all its products stay in registers
     outs = tuple(len(one) for one in b)
     firsts = tuple(accumulate((triton.cdiv(n, launch.columns) for n in outs), initial=0))
     chunk, chunks = _chunks(tokens, firsts[-1], launch, device)
@@ -196,7 +197,7 @@ def _full_gradients(grads: Sequence[Tensor], x: Tensor, dweights: Sequence[Tenso
 def _add_up(sums: Sequence[Sum]) -> None:
     launch = choose("lora_sum", 1, sums[0].source.device)
     firsts = tuple(accumulate((triton.cdiv(one.size, launch.columns) for one in sums), initial=0))
-    lora_sum[(firsts[-1],)](*zip(*sums, strict=True), firsts, N=len(sums), BLOCK=launch.columns, **_warps(launch))
+    lora_sum[(firsts[-1],)](*zip(*sums, strict=True), firsts, N=len(sums), COUNT=launch.rows, BLOCK=launch.columns, **_warps(launch))
 
 
 def _new_hidden(x: Tensor, lora_a: Tensor | None) -> Tensor:

@@ -103,13 +103,15 @@ def lora_a_grad(x_ptr, dxa_ptr, da_ptr, T, D, R, chunk, places, x_stride, seed_w
 
 @triton.jit
 def lora_sum(sources, outs, counts, strides, sizes, widths, out_strides, scales, firsts, N: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
+             COUNT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """outs[i] = scales[i] * the sum of counts[i] arrays, strides[i] apart; rows of widths[i] values, out_strides[i] apart."""
     for i in tl.static_range(N):
         if (tl.program_id(0) >= firsts[i]) & (tl.program_id(0) < firsts[i + 1]):
             at = (tl.program_id(0) - firsts[i]) * BLOCK + tl.arange(0, BLOCK)
             acc = tl.zeros((BLOCK,), dtype=tl.float32)
-            for k in range(counts[i]):
-                acc += tl.load(sources[i] + tl.cast(k, tl.int64) * strides[i] + at, mask=at < sizes[i], other=0.0)
+            for first in range(0, counts[i], COUNT):
+                arrays = (first + tl.arange(0, COUNT)).to(tl.int64)[:, None]
+                inside = (arrays < counts[i]) & (at < sizes[i])[None, :]
+                acc += tl.sum(tl.load(sources[i] + arrays * strides[i] + at[None, :], mask=inside, other=0.0), axis=0)
             to = outs[i] + at // widths[i] * out_strides[i] + at % widths[i]
             tl.store(to, (acc * scales[i]).to(outs[i].dtype.element_ty), mask=at < sizes[i])
