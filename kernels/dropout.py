@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 
 
 def rule(p: float) -> tuple[int, float]:
     """A value is dropped when its 32 bits lie below the first; what is kept is multiplied by the second."""
-    scale = torch.tensor(1 / (1 - p) if p < 1 else 0.0, dtype=torch.float32).item()
-    return min(int(p * 2**32), 0xFFFFFFFF), scale
+    return min(int(p * 2**32), 0xFFFFFFFF), 1 / (1 - p) if p < 1 else 0.0
 
 
 def words(seeds: Sequence[int]) -> tuple[int, ...]:

@@ -24,6 +24,20 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
             (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
         ],
     },
+    "lora_swiglu": {
+        80: [
+            (2, {"rows": 128, "columns": 64, "depth": 64, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 32, "depth": 32, "warps": 4, "stages": 3}),
+        ],
+        90: [
+            (2, {"rows": 128, "columns": 128, "depth": 64, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 32, "depth": 32, "warps": 4, "stages": 3}),
+        ],
+        120: [
+            (2, {"rows": 128, "columns": 64, "depth": 64, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 32, "depth": 32, "warps": 4, "stages": 3}),
+        ],
+    },
     "lora_input_grad": {
         80: [
             (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 4, "stages": 4}),

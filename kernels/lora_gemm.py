@@ -117,6 +117,48 @@ def lora_output(x_ptr, weights, biases, lora_b, xas, ys, T, D, outs, ranks, scal
 
 
 @triton.jit
+def lora_swiglu(x_ptr, weights, biases, lora_b, xas, ys, h_ptr, T, D, width, ranks, scales, x_stride, w_strides, w_steps,
+                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, IS_EVEN: tl.constexpr):  # fmt: skip
+    """lora_output for gate and up on one read of x, and h = silu(gate) * up of what is stored of them."""
+    row, column = _tile_of(tl.program_id(0), tl.cdiv(T, BM), tl.cdiv(width, BN), 8)
+    row, column = row * BM, column * BN
+    at, rows, columns = tl.arange(0, BK), tl.arange(0, BM), tl.arange(0, BN)
+    IS_WIDE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    gate, up = tl.zeros((BM, BN), dtype=tl.float32), tl.zeros((BM, BN), dtype=tl.float32)
+    if lora_b[0] is not None:
+        gate = _add_low_rank(gate, xas[0], ranks[0], lora_b[0], 1, ranks[0], row + rows, column + columns, T, width, ranks[0],
+                             BR, IS_WIDE) * scales[0]  # fmt: skip
+    if lora_b[1] is not None:
+        up = _add_low_rank(up, xas[1], ranks[1], lora_b[1], 1, ranks[1], row + rows, column + columns, T, width, ranks[1],
+                           BR, IS_WIDE) * scales[1]  # fmt: skip
+    x_at = rows[:, None] * x_stride + at[None, :]
+    gate_at = at[:, None] * w_steps[0] + columns[None, :] * w_strides[0]
+    up_at = at[:, None] * w_steps[1] + columns[None, :] * w_strides[1]
+    x_ptr += tl.cast(row, tl.int64) * x_stride
+    gate_ptr = weights[0] + tl.cast(column, tl.int64) * w_strides[0]
+    up_ptr = weights[1] + tl.cast(column, tl.int64) * w_strides[1]
+    x_mask, w_mask = (rows < T - row)[:, None], (columns < width - column)[None, :]
+    for first in range(0, D, BK):
+        in_x, in_w = x_mask, w_mask
+        if not IS_EVEN:
+            in_x, in_w = x_mask & (first + at < D)[None, :], w_mask & (first + at < D)[:, None]
+        x = tl.load(x_ptr + x_at, mask=in_x, other=0.0)
+        gate = tl.dot(x, tl.load(gate_ptr + gate_at, mask=in_w, other=0.0), gate, input_precision="tf32x3")
+        up = tl.dot(x, tl.load(up_ptr + up_at, mask=in_w, other=0.0), up, input_precision="tf32x3")
+        x_ptr += BK
+        gate_ptr += tl.cast(BK, tl.int64) * w_steps[0]
+        up_ptr += tl.cast(BK, tl.int64) * w_steps[1]
+    if biases[0] is not None:
+        gate += tl.load(biases[0] + column + columns, mask=columns < width - column, other=0.0).to(tl.float32)[None, :]
+    if biases[1] is not None:
+        up += tl.load(biases[1] + column + columns, mask=columns < width - column, other=0.0).to(tl.float32)[None, :]
+    _store(gate, ys[0], row, column, T, width, BM, BN)
+    _store(up, ys[1], row, column, T, width, BM, BN)
+    gate, up = gate.to(h_ptr.dtype.element_ty).to(tl.float32), up.to(h_ptr.dtype.element_ty).to(tl.float32)
+    _store(gate * tl.sigmoid(gate) * up, h_ptr, row, column, T, width, BM, BN)
+
+
+@triton.jit
 def lora_input_grad(grads, weights, lora_a, dxa_ptr, dx_ptr, T, D, outs, ranks, places, grad_strides, w_strides, w_steps,
                     dxa_stride, seed_words, keep_scale, N: tl.constexpr, ADAPTERS: tl.constexpr, THRESHOLD: tl.constexpr,
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,

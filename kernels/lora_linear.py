@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .dropout import rule, words
 from .launch import Launch, choose, on_device, processors
-from .lora_gemm import lora_input_grad, lora_output
+from .lora_gemm import lora_input_grad, lora_output, lora_swiglu
 from .lora_low_rank import lora_a_grad, lora_hidden, lora_hidden_grad, lora_sum
 
 RANKS_AT_ONCE = 64  # more are done in blocks, each of which reads the large tensor again
@@ -67,6 +67,25 @@ def forward(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds) -> tup
     return ys, xas
 
 
+def swiglu_forward(
+    x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """forward for a gate and an up projection, with the activation of what it stores."""
+    _check(x, weights, lora_a, lora_b)
+    if len(weights) != 2 or weights[0].shape != weights[1].shape:
+        raise RuntimeError(f"lora_swiglu: weights {[list(w.shape) for w in weights]}; they must be two of one shape")
+    flat = _rows(x.reshape(-1, x.shape[-1]))
+    h, *ys = (x.new_empty(*x.shape[:-1], len(weights[0])) for _ in range(3))
+    xas = [_new_hidden(flat, a) for a in lora_a]
+    if h.numel() > 0:
+        with on_device(x):
+            group = Adapters.of(lora_a, dropout_p, seeds)
+            if group.at:
+                _hiddens(flat, [lora_a[i] for i in group.at], [xas[i] for i in group.at], group)
+            _gated(flat, [weight.to(x.dtype) for weight in weights], biases, lora_b, xas, scales, ys, h)
+    return h, ys, xas
+
+
 def backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants):
     _check(x, weights, lora_a, lora_b)
     flat = _rows(x.reshape(-1, x.shape[-1]))
@@ -110,6 +129,17 @@ def _outputs(x: Tensor, weights, biases, lora_b, xas, scales, ys: Sequence[Tenso
         tokens, width, outs, ranks, tuple(map(float, scales)), firsts, *x.stride(), *_strides(weights), N=len(outs),
         BM=launch.rows, BN=launch.columns, BK=launch.depth, BR=_rank_block(max(ranks), 32),
         IS_EVEN=width % launch.depth == 0, **_warps(launch),
+    )  # fmt: skip
+
+
+def _gated(x: Tensor, weights, biases, lora_b, xas, scales, ys: Sequence[Tensor], h: Tensor) -> None:
+    (tokens, width), out = x.shape, len(weights[0])
+    launch = choose("lora_swiglu", x.element_size(), x.device)
+    ranks = tuple(0 if b is None else b.shape[1] for b in lora_b)
+    lora_swiglu[(triton.cdiv(tokens, launch.rows) * triton.cdiv(out, launch.columns),)](
+        x, tuple(weights), tuple(biases), tuple(b if b is None else b.contiguous() for b in lora_b), tuple(xas), tuple(ys), h,
+        tokens, width, out, ranks, tuple(map(float, scales)), x.stride(0), *_strides(weights), BM=launch.rows, BN=launch.columns,
+        BK=launch.depth, BR=_rank_block(max(ranks), 32), IS_EVEN=width % launch.depth == 0, **_warps(launch),
     )  # fmt: skip
 
 
@@ -204,7 +234,7 @@ def _new_hidden(x: Tensor, lora_a: Tensor | None) -> Tensor:
     """Of x [T, D]: [T, R] in the wider of the two dtypes, without an adapter [T, 0] in float32."""
     if lora_a is None:
         return x.new_empty(len(x), 0, dtype=torch.float32)
-    return x.new_empty(len(x), len(lora_a), dtype=torch.promote_types(x.dtype, lora_a.dtype))
+    return x.new_empty(len(x), len(lora_a), dtype=x.dtype if lora_a.dtype == x.dtype else torch.float32)
 
 
 def _new_gradients(x, weights, lora_a, lora_b, wants_x, wants):
