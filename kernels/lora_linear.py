@@ -110,7 +110,7 @@ def _hiddens(x: Tensor, lora_a: Sequence[Tensor], xas: Sequence[Tensor], group: 
     packed = lora_a[0].contiguous() if len(lora_a) == 1 else torch.cat(list(lora_a))
     (tokens, width), total = x.shape, len(packed)
     block = _rank_block(total)
-    launch = choose("lora_hidden", block * _parts(x, packed), x.device)
+    launch = choose("lora_hidden", block * _parts([packed]), x.device)
     lora_hidden[(triton.cdiv(tokens, launch.rows), triton.cdiv(total, block))](
         x, packed, tuple(xas), tokens, width, total, group.places, group.ranks, x.stride(0), group.words, group.keep,
         N=len(lora_a), THRESHOLD=group.threshold, BM=launch.rows, BK=launch.depth, BR=block, **_warps(launch),
@@ -161,36 +161,43 @@ def _hidden_grads(grads, lora_b, xas, scales, group: Adapters, wants_x: bool, da
     needs = wants_x or any(das[i].numel() > 0 for i in group.at)
     if not group.at or not (needs or any(dbs[i].numel() > 0 for i in group.at)):
         return None
-    grads, b, xas = ([some[i] for i in group.at] for some in (grads, lora_b, xas))
-    device, tokens = grads[0].device, len(grads[0])
-    block = _rank_block(max(group.ranks))
-    launch = choose("lora_hidden_grad", block * _parts(grads[0], xas[0]), device)
-    block = min(block, launch.depth)  # the operands of all its products stay in registers
-    outs = tuple(len(one) for one in b)
-    firsts = tuple(accumulate((triton.cdiv(n, launch.columns) for n in outs), initial=0))
-    chunk, chunks = _chunks(tokens, firsts[-1], launch, device)
-    parts = [
-        [torch.empty(count, rows, rank, dtype=torch.float32, device=device) if wanted else None for wanted, count, rows, rank in some]
-        for some in (
-            [(needs, triton.cdiv(n, launch.columns), tokens, rank) for n, rank in zip(outs, group.ranks, strict=True)],
-            [(dbs[i].numel() > 0, chunks, n, rank) for i, n, rank in zip(group.at, outs, group.ranks, strict=True)],
-        )
-    ]  # fmt: skip
-    lora_hidden_grad[(firsts[-1], chunks, triton.cdiv(max(group.ranks), block))](
-        tuple(grads), tuple(one.contiguous() for one in b), tuple(xas), *map(tuple, parts), tokens, chunk, outs, group.ranks,
-        firsts, tuple(grad.stride(0) for grad in grads), N=len(outs), BM=launch.rows, BN=launch.columns, BR=block,
-        **_warps(launch),
-    )  # fmt: skip
-    total = group.places[-1]
-    dxa = torch.empty(tokens, total, dtype=max((xa.dtype for xa in xas), key=lambda d: d.itemsize), device=device)
+    scales = [float(scales[i]) for i in group.at]
+    grads, lora_b, xas, dbs = ([some[i] for i in group.at] for some in (grads, lora_b, xas, dbs))
+    dxa_parts, db_parts = _hidden_grad_parts(grads, lora_b, xas, group, needs, [db.numel() > 0 for db in dbs])
+    tokens, total = len(grads[0]), group.places[-1]
+    dxa = torch.empty(tokens, total, dtype=max((xa.dtype for xa in xas), key=_size), device=grads[0].device)
     sums = []
-    for i, (rank, place) in enumerate(zip(group.ranks, group.places, strict=False)):
-        scale = float(scales[group.at[i]])
-        for part, out, stride in ((parts[0][i], dxa[:, place:], total), (parts[1][i], dbs[group.at[i]], rank)):
+    for i, (rank, scale) in enumerate(zip(group.ranks, scales, strict=True)):
+        for part, out, stride in ((dxa_parts[i], dxa[:, group.places[i] :], total), (db_parts[i], dbs[i], rank)):
             if part is not None:
                 sums.append(Sum(part, out, len(part), part.stride(0), part.stride(0), rank, stride, scale))
     _add_up(sums)
     return dxa if needs else None
+
+
+def _hidden_grad_parts(
+    grads, lora_b, xas, group: Adapters, wants_dxa: bool, wants_db: Sequence[bool]
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """Partial sums of each dy_i b_i [tiles of O_i, T, R_i] and dy_iᵀ xa_i [chunks of T, O_i, R_i], None where not wanted."""
+    device, tokens, outs = grads[0].device, len(grads[0]), tuple(len(b) for b in lora_b)
+    block = _rank_block(max(group.ranks))
+    launch = choose("lora_hidden_grad", block * _parts(xas), device)
+    block = min(block, launch.depth)  # the operands of all its products stay in registers
+    firsts = tuple(accumulate((triton.cdiv(n, launch.columns) for n in outs), initial=0))
+    chunk, chunks = _chunks(tokens, firsts[-1], launch, device)
+
+    def parts(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=device) if wanted else None
+
+    layers = list(zip(outs, group.ranks, wants_db, strict=True))
+    dxas = tuple(parts(wants_dxa, triton.cdiv(n, launch.columns), tokens, rank) for n, rank, _ in layers)
+    dbs = tuple(parts(wanted, chunks, n, rank) for n, rank, wanted in layers)
+    lora_hidden_grad[(firsts[-1], chunks, triton.cdiv(max(group.ranks), block))](
+        tuple(grads), tuple(b.contiguous() for b in lora_b), tuple(xas), dxas, dbs, tokens, chunk, outs, group.ranks,
+        firsts, tuple(grad.stride(0) for grad in grads), N=len(outs), BM=launch.rows, BN=launch.columns, BR=block,
+        **_warps(launch),
+    )  # fmt: skip
+    return dxas, dbs
 
 
 def _a_grads(x: Tensor, dxa: Tensor | None, group: Adapters, das) -> None:
@@ -200,7 +207,7 @@ def _a_grads(x: Tensor, dxa: Tensor | None, group: Adapters, das) -> None:
         return
     (tokens, width), total = x.shape, dxa.shape[1]
     block = _rank_block(total)
-    launch = choose("lora_a_grad", block * _parts(x, dxa), x.device)
+    launch = choose("lora_a_grad", block * _parts([dxa]), x.device)
     chunk, chunks = _chunks(tokens, triton.cdiv(width, launch.columns), launch, x.device)
     parts = torch.empty(chunks, total, width, dtype=torch.float32, device=x.device)
     lora_a_grad[(triton.cdiv(width, launch.columns), chunks, triton.cdiv(total, block))](
@@ -227,7 +234,9 @@ def _full_gradients(grads: Sequence[Tensor], x: Tensor, dweights: Sequence[Tenso
 def _add_up(sums: Sequence[Sum]) -> None:
     launch = choose("lora_sum", 1, sums[0].source.device)
     firsts = tuple(accumulate((triton.cdiv(one.size, launch.columns) for one in sums), initial=0))
-    lora_sum[(firsts[-1],)](*zip(*sums, strict=True), firsts, N=len(sums), COUNT=launch.rows, BLOCK=launch.columns, **_warps(launch))
+    lora_sum[(firsts[-1],)](
+        *zip(*sums, strict=True), firsts, N=len(sums), COUNT=launch.rows, BLOCK=launch.columns, **_warps(launch)
+    )
 
 
 def _new_hidden(x: Tensor, lora_a: Tensor | None) -> Tensor:
@@ -239,15 +248,18 @@ def _new_hidden(x: Tensor, lora_a: Tensor | None) -> Tensor:
 
 def _new_gradients(x, weights, lora_a, lora_b, wants_x, wants):
     """dx, then lists of dweight, dbias, da and db in float32; empty where not wanted."""
-    shapes = zip(*((w.shape, w.shape[:1], a, b) for w, a, b in zip(weights, lora_a, lora_b, strict=True)), strict=True)
-    lists = [
-        [
-            x.new_empty(getattr(shape, "shape", shape) if wants[4 * i + kind] and shape is not None else (0,), dtype=torch.float32)
-            for i, shape in enumerate(some)
-        ]
-        for kind, some in enumerate(shapes)
-    ]  # fmt: skip
-    return x.new_empty(x.shape if wants_x else (0,)), *lists
+
+    def new(kind: int, shapes) -> list[Tensor]:
+        wanted = (shape if wants[4 * i + kind] else (0,) for i, shape in enumerate(shapes))
+        return [x.new_empty(shape, dtype=torch.float32) for shape in wanted]
+
+    return (
+        x.new_empty(x.shape if wants_x else (0,)),
+        new(0, [w.shape for w in weights]),
+        new(1, [w.shape[:1] for w in weights]),
+        new(2, [(0,) if a is None else a.shape for a in lora_a]),
+        new(3, [(0,) if b is None else b.shape for b in lora_b]),
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -263,9 +275,13 @@ def _rank_block(rank: int, most: int = RANKS_AT_ONCE) -> int:
     return min(max(triton.next_power_of_2(rank), 16), most)
 
 
-def _parts(x: Tensor, low: Tensor) -> int:
-    """How many products of x's dtype one product with the low-rank side takes."""
-    return 3 if low.element_size() > 2 else 1
+def _size(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
+def _parts(lows: Sequence[Tensor]) -> int:
+    """How many products of 16-bit operands one product with the low-rank side takes."""
+    return 3 if any(low.dtype == torch.float32 for low in lows) else 1
 
 
 def _chunks(tokens: int, tiles: int, launch: Launch, device: torch.device) -> tuple[int, int]:

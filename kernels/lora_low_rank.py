@@ -23,7 +23,9 @@ def lora_hidden(x_ptr, a_ptr, xas, T, D, R, places, ranks, x_stride, seed_words,
     for first in range(0, D, BK):
         columns = first + tl.arange(0, BK)
         x = tl.load(x_rows + columns[None, :], mask=(rows < T)[:, None] & (columns < D)[None, :], other=0.0)
-        a = tl.load(a_ptr + at[None, :] * D + columns[:, None], mask=(columns < D)[:, None] & (at < R)[None, :], other=0.0)
+        a = tl.load(
+            a_ptr + at[None, :] * D + columns[:, None], mask=(columns < D)[:, None] & (at < R)[None, :], other=0.0
+        )
         if THRESHOLD == 0:
             acc = product(x, a, acc)
         else:
@@ -60,7 +62,9 @@ def lora_hidden_grad(grads, lora_b, xas, dxas, dbs, T, chunk, outs, ranks, first
             for first in range(begin, end, BM):
                 rows = first + tl.arange(0, BM)
                 inside = (rows < end)[:, None] & (columns < outs[i])[None, :]
-                grad = tl.load(grads[i] + rows.to(tl.int64)[:, None] * grad_strides[i] + columns[None, :], mask=inside, other=0.0)
+                grad = tl.load(
+                    grads[i] + rows.to(tl.int64)[:, None] * grad_strides[i] + columns[None, :], mask=inside, other=0.0
+                )
                 low_at = rows.to(tl.int64)[:, None] * ranks[i] + at[None, :]
                 low_mask = (rows < end)[:, None] & (at < ranks[i])[None, :]
                 if dxas[i] is not None:

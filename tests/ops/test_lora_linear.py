@@ -215,7 +215,9 @@ def test_swiglu_of_a_group_is_its_parts():
     def group(x, *tensors):
         return lora_swiglu(x, *(Layer(*tensors[i : i + 4]) for i in (0, 4)), dropout_p=0.3, seeds=seeds)
 
-    inputs = [t.detach().to(dtype).requires_grad_() for t, dtype in zip([x, *gate, *up], [torch.bfloat16] * 9, strict=True)]
+    inputs = [
+        t.detach().to(dtype).requires_grad_() for t, dtype in zip([x, *gate, *up], [torch.bfloat16] * 9, strict=True)
+    ]
     got, grads = run_with_grads(group, inputs, None, None)
     expected, expected_grads = run_with_grads(parts, inputs, None, None)
     for a, b in zip([*got, *grads], [*expected, *expected_grads], strict=True):
