@@ -58,10 +58,7 @@ TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {
             (1 << 62, {"rows": 64, "depth": 32, "warps": 4, "stages": 4}),
         ],
         90: [(1 << 62, {"rows": 64, "depth": 64, "warps": 4, "stages": 4})],
-        120: [
-            (64, {"rows": 64, "depth": 64, "warps": 8, "stages": 4}),
-            (1 << 62, {"rows": 64, "depth": 32, "warps": 8, "stages": 4}),
-        ],
+        120: [(1 << 62, {"rows": 64, "depth": 64, "warps": 8, "stages": 4})],
     },
     "lora_hidden_grad": {
         80: [

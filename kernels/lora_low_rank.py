@@ -16,16 +16,17 @@ from .lora_gemm import product
 def lora_hidden(x_ptr, a_ptr, xas, T, D, R, places, ranks, x_stride, seed_words, keep_scale, N: tl.constexpr,
                 THRESHOLD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr):  # fmt: skip
     """xa_i = dropped_i(x) a_iᵀ of all adapters; a [R, D] has them one under the other, adapter i from row places[i]."""
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = tl.program_id(0) * BM
+    rows = row + tl.arange(0, BM)
     at = tl.program_id(1) * BR + tl.arange(0, BR)
     acc = tl.zeros((BM, BR), dtype=tl.float32)
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * x_stride
+    x_ptr += tl.cast(row, tl.int64) * x_stride
+    x_at = tl.arange(0, BM)[:, None] * x_stride + tl.arange(0, BK)[None, :]
+    a_at = at[None, :] * D + tl.arange(0, BK)[:, None]
     for first in range(0, D, BK):
         columns = first + tl.arange(0, BK)
-        x = tl.load(x_rows + columns[None, :], mask=(rows < T)[:, None] & (columns < D)[None, :], other=0.0)
-        a = tl.load(
-            a_ptr + at[None, :] * D + columns[:, None], mask=(columns < D)[:, None] & (at < R)[None, :], other=0.0
-        )
+        x = tl.load(x_ptr + first + x_at, mask=(rows < T)[:, None] & (columns < D)[None, :], other=0.0)
+        a = tl.load(a_ptr + first + a_at, mask=(columns < D)[:, None] & (at < R)[None, :], other=0.0)
         if THRESHOLD == 0:
             acc = product(x, a, acc)
         else:
