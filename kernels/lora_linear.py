@@ -110,7 +110,7 @@ def _hiddens(x: Tensor, lora_a: Sequence[Tensor], xas: Sequence[Tensor], group: 
     packed = lora_a[0].contiguous() if len(lora_a) == 1 else torch.cat(list(lora_a))
     (tokens, width), total = x.shape, len(packed)
     block = _rank_block(total)
-    launch = choose("lora_hidden", block * _parts([packed]), x.device)
+    launch = choose("lora_hidden", block * _weight(x, [packed]), x.device)
     lora_hidden[(triton.cdiv(tokens, launch.rows), triton.cdiv(total, block))](
         x, packed, tuple(xas), tokens, width, total, group.places, group.ranks, x.stride(0), group.words, group.keep,
         N=len(lora_a), THRESHOLD=group.threshold, BM=launch.rows, BK=launch.depth, BR=block, **_warps(launch),
@@ -181,7 +181,7 @@ def _hidden_grad_parts(
     """Partial sums of each dy_i b_i [tiles of O_i, T, R_i] and dy_iᵀ xa_i [chunks of T, O_i, R_i], None where not wanted."""
     device, tokens, outs = grads[0].device, len(grads[0]), tuple(len(b) for b in lora_b)
     block = _rank_block(max(group.ranks))
-    launch = choose("lora_hidden_grad", block * _parts(xas), device)
+    launch = choose("lora_hidden_grad", block * _weight(grads[0], xas), device)
     block = min(block, launch.depth)  # the operands of all its products stay in registers
     firsts = tuple(accumulate((triton.cdiv(n, launch.columns) for n in outs), initial=0))
     chunk, chunks = _chunks(tokens, firsts[-1], launch, device)
@@ -207,7 +207,7 @@ def _a_grads(x: Tensor, dxa: Tensor | None, group: Adapters, das) -> None:
         return
     (tokens, width), total = x.shape, dxa.shape[1]
     block = _rank_block(total)
-    launch = choose("lora_a_grad", block * _parts([dxa]), x.device)
+    launch = choose("lora_a_grad", block * _weight(x, [dxa]), x.device)
     chunk, chunks = _chunks(tokens, triton.cdiv(width, launch.columns), launch, x.device)
     parts = torch.empty(chunks, total, width, dtype=torch.float32, device=x.device)
     lora_a_grad[(triton.cdiv(width, launch.columns), chunks, triton.cdiv(total, block))](
@@ -279,8 +279,10 @@ def _size(dtype: torch.dtype) -> int:
     return dtype.itemsize
 
 
-def _parts(lows: Sequence[Tensor]) -> int:
-    """How many products of 16-bit operands one product with the low-rank side takes."""
+def _weight(x: Tensor, lows: Sequence[Tensor]) -> int:
+    """What a rank of the low-rank side costs next to one of 16-bit operands, for the launch table."""
+    if x.dtype == torch.float32:
+        return 16
     return 3 if any(low.dtype == torch.float32 for low in lows) else 1
 
 
