@@ -9,7 +9,7 @@ from fastpt.ops.embedding import embedding
 from fastpt.ops.geglu import geglu
 from fastpt.ops.layer_norm import add_layer_norm, layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
-from fastpt.ops.lora_linear import Layer, linear_group, lora_linear
+from fastpt.ops.lora_linear import Layer, linear_group, lora_linear, lora_swiglu
 from fastpt.ops.rms_norm import add_rms_norm, rms_norm
 from fastpt.ops.rope import rope
 from fastpt.ops.swiglu import swiglu
@@ -34,6 +34,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_group",
     "lora_linear",
+    "lora_swiglu",
     "rms_norm",
     "rope",
     "swiglu",

@@ -103,6 +103,23 @@ def _fake_backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, se
     return _gradients(x, weights, lora_a, lora_b, wants_x, wants)
 
 
+def reference_swiglu(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds):
+    """h = silu(gate) * up of two layers, gate and up, and the low-rank hiddens; backward is that of the parts."""
+    ys, xas = forward(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds)
+    return torch.ops.fastpt.swiglu(*ys), ys, xas
+
+
+def _fake_swiglu(x, weights, *rest):
+    ys, xas = _fake(x, weights, *rest)
+    return torch.empty_like(ys[0]), ys, xas
+
+
+def _cost_swiglu(x, weights, *rest):
+    found = _cost(x, weights, *rest)
+    tokens = x.numel() // max(1, x.shape[-1])
+    return found + Cost(0, tokens * len(weights[0]) * x.element_size(), 0)
+
+
 def _cost(x, weights, biases, lora_a, lora_b, *_):
     tokens = x.numel() // max(1, x.shape[-1])
     parameters = sum(t.numel() for t in (*weights, *lora_a, *lora_b) if t is not None)
@@ -128,6 +145,7 @@ forward = register(
     reference=reference,
     fake=_fake,
     cost=_cost,
+    triton="fastpt.kernels.lora_linear:forward",
 )
 backward = register(
     "lora_linear_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor?[] lora_a, Tensor?[] lora_b, Tensor[] xas, "
@@ -136,6 +154,17 @@ backward = register(
     reference=reference_backward,
     fake=_fake_backward,
     cost=_cost_backward,
+    triton="fastpt.kernels.lora_linear:backward",
+)
+
+
+forward_swiglu = register(
+    "lora_swiglu(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] lora_a, Tensor?[] lora_b, float[] scales, "
+    "float dropout_p, int[] seeds) -> (Tensor, Tensor[], Tensor[])",
+    reference=reference_swiglu,
+    fake=_fake_swiglu,
+    cost=_cost_swiglu,
+    triton="fastpt.kernels.lora_linear:swiglu_forward",
 )
 
 
@@ -177,6 +206,40 @@ class _LoraLinear(torch.autograd.Function):
         wants_x, wants = ctx.needs_input_grad[0], list(ctx.needs_input_grad[4:])
         found = backward(grads, x, weights, lora_a, lora_b, xas, *ctx.scalars, wants_x, wants)
         return found[0] if wants_x else None, None, None, None, *layer_gradients(found, wants)
+
+
+class _LoraSwiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scales, dropout_p, seeds, *tensors):
+        weights, biases, lora_a, lora_b = (tensors[i::4] for i in range(4))
+        h, ys, xas = forward_swiglu(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds)
+        ctx.save_for_backward(x, *weights, *lora_a, *lora_b, *xas, *ys)
+        ctx.scalars = scales, dropout_p, seeds
+        return h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, *saved = ctx.saved_tensors
+        weights, lora_a, lora_b, xas, ys = (saved[i : i + 2] for i in range(0, 10, 2))
+        wants_x, wants = ctx.needs_input_grad[0], list(ctx.needs_input_grad[4:])
+        grads = torch.ops.fastpt.swiglu_backward(grad, *ys)
+        found = backward(grads, x, weights, lora_a, lora_b, xas, *ctx.scalars, wants_x, wants)
+        return found[0] if wants_x else None, None, None, None, *layer_gradients(found, wants)
+
+
+def lora_swiglu(
+    x: Tensor, gate: Layer, up: Layer, *, dropout_p: float = 0.0, seeds: Sequence[int] | None = None
+) -> Tensor:
+    """swiglu of two layers of one input; gate and up are saved, the activation is formed as they are.
+
+    Shapes, dropout, numerics and errors as in linear_group; the activation is that of gate and up as rounded to x's dtype.
+    """
+    (x,) = autocast(x)
+    for layer in (gate, up):
+        _check(x, layer, dropout_p)
+    seeds = new_seeds(dropout_p, 2) if seeds is None else list(seeds)
+    return _LoraSwiglu.apply(x, [gate.scale, up.scale], dropout_p, seeds, *gate.tensors, *up.tensors)
 
 
 def new_seeds(dropout_p: float, n: int) -> list[int]:
