@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from transformers import AutoModelForCausalLM
 import fastpt
 from fastpt.errors import ModelError
 from fastpt.fusion.blocks import Recipe
+from fastpt.fusion.explain import _attention
 from fastpt.fusion.fuse import handle_of
+from fastpt.ops import _flash_attention
+from fastpt.ops._attention_gpu import serving
 from tests.tiny import DECODERS, FAMILIES, tiny_model
 
 
@@ -260,6 +264,19 @@ def test_explain_lists_every_part(capsys):
         assert found[part].kernel in ("C++", "reference", "torch")
         assert not found[part].reason
     assert "model.layers.0-1.self_attn.q_proj" in capsys.readouterr().out
+
+
+def test_explain_says_which_attention_kernel_a_gpu_runs_and_why(monkeypatch):
+    weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_flash_attention, "missing", lambda: {"FlashAttention 4": "not installed"})
+    serving.cache_clear()
+    row = _attention("layer", "attention", weight, 128, None, 30.0)
+    dropped = _attention("layer", "attention_dropout", weight, 128)
+    serving.cache_clear()
+    assert row == ("layer", "attention", "FlashAttention 3", "FlashAttention 4: not installed")
+    assert dropped.kernel == "Triton"
+    assert "not by the seed" in dropped.reason
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
