@@ -50,7 +50,7 @@ def of_compilation(record: Record, bars: Bars) -> Iterator[str]:
     if name in bars.tensor_cores + bars.small_dots and not tensor_cores:
         yield f"{where}: no tensor-core instruction"
     if name in bars.tensor_cores:
-        if arch == 90 and "HGMMA" not in tensor_cores:
+        if arch == 90 and tensor_cores and "HGMMA" not in tensor_cores:
             yield f"{where}: no HGMMA, only {tensor_cores}"
         return
     if name in bars.not_streaming:
