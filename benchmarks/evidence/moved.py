@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.evidence import calls
 from benchmarks.evidence.case import Case, Inputs
-from benchmarks.evidence.interpreter import TritonServes, install
+from benchmarks.evidence.interpreter import TritonServes
 from benchmarks.evidence.traffic import Meter, Traffic
 
 OURS = "fastpt"
@@ -25,7 +25,6 @@ def records(case: Case, with_peers: bool = True) -> list[dict[str, Any]]:
         if find_spec(PACKAGES[peer]) is None:
             found.append({"case": case.name, "provider": peer, "absent": f"{PACKAGES[peer]} is not installed"})
             continue
-        install()
         try:
             found.append(_record(case, peer, function))
         except Exception as error:  # noqa: BLE001 (a peer that the interpreter cannot run is told, and is not our fault)
