@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import harness
-from benchmarks.evidence import calls, pool, verdict
+from benchmarks.evidence import calls, pool, roofline, verdict
 from benchmarks.evidence.show import show
 
 PARTS = ("numbers", "compilation", "traffic", "roofline")
@@ -37,10 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         missed += verdict.of_table(records, table_entries())
     console = Console(width=200)
     show(records, console)
-    if "roofline" in options.part and options.op is None and options.cases is None:
-        from benchmarks.evidence import roofline
-
-        records += roofline.show(console)
+    roofline.show([r for r in records if r.get("part") == "roofline" and "failed" not in r], console)
     if options.json:
         about = harness.machine()
         harness.write_json_lines(options.json, [{**record, "machine": about} for record in records])
@@ -77,6 +74,8 @@ def _records(options: argparse.Namespace, names: list[tuple[str, str]]) -> list[
         interpreted += [{**task, "part": part} for part in ("traffic", "numbers") if part in options.part]
         if "compilation" in options.part:
             compiled += [{**task, "part": "compilation", "arch": arch} for arch in options.arch]
+    if "roofline" in options.part and options.op is None and options.cases is None:
+        compiled += roofline.tasks(options.quick)
     records = pool.run(compiled, jobs=options.jobs, interpreted=False, told=_tell)
     return records + pool.run(interpreted, jobs=options.jobs, interpreted=True, told=_tell)
 

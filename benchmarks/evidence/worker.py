@@ -15,6 +15,10 @@ import torch
 
 
 def records(task: dict[str, Any]) -> list[dict[str, Any]]:
+    if task["part"] == "roofline":
+        from benchmarks.evidence import roofline
+
+        return roofline.records(task)
     from benchmarks.evidence import calls, compiled, moved, numbers
 
     case = next(case for case in calls.cases_of(task["module"]) if case.name == task["case"])
