@@ -9,11 +9,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.evidence import calls, verdict
+from benchmarks.evidence import calls, step, verdict
 from benchmarks.evidence.case import Bars
+from benchmarks.evidence.devices import Device
 from benchmarks.evidence.machine_code.architectures import occupancy
 from benchmarks.evidence.machine_code.sass import parse
 from benchmarks.evidence.published import PUBLISHED
+from benchmarks.model_flops import training_flops
 
 ROOT = Path(__file__).parents[2]
 FAULTS = "tests.benchmarks.faults"
@@ -175,3 +177,39 @@ def test_published_figures_add_up():
         assert shape
         for peer in peers:  # both passes together lie between the two, each weighted by its floor
             assert min(peer.forward, peer.backward) <= peer.together <= max(peer.forward, peer.backward), peer
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    sizes = {
+        "vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True,
+    }  # fmt: skip
+    monkeypatch.setitem(step.MODELS, "tiny", ("Llama", sizes))
+    return step.MODELS["tiny"]
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_counted_step_has_the_flops_of_the_model(tiny, is_fused):
+    model = step.build("tiny", 2, is_lora=False, is_fused=is_fused)
+    assert step.count(model, 64).ops == step.count(model, 64).ops
+    counted = sum(flops for _, _, flops in step.count(model, 64).ops)
+    # The diagonal of attention, a head row without a target, and what norms and activations compute, are a few percent.
+    assert counted == pytest.approx(training_flops(model, [64], kept=64), rel=0.05)
+
+
+def test_a_step_grows_with_layers_and_tokens_and_fused_holds_less(tiny):
+    plain, fused = (step.step("tiny", 128, is_lora=True, is_fused=is_fused) for is_fused in (False, True))
+    model = step.build("tiny", 5, is_lora=True, is_fused=False)
+    assert plain.weights == fused.weights == 2 * sum(p.numel() for p in model.parameters())
+    assert plain.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = step.count(model, 256)
+    assert plain.extra[0] + 128 * plain.extra[1] == pytest.approx(whole.peak_extra, rel=0.02)
+    moved = sum(b for _, b, _ in plain.rest) + 5 * sum(b for _, b, _ in plain.layer)
+    assert moved == pytest.approx(sum(b for _, b, _ in step.count(model, 128).ops), rel=0.02)
+    assert fused.peak_bytes(128) < plain.peak_bytes(128)
+    assert fused.longest(1e9) > plain.longest(1e9) > 128
+    assert plain.longest(0) == 0
+    slow, fast = Device("slow", 1e12, 1e9), Device("fast", 1e12, 2e9)
+    assert plain.floor_s(slow) == pytest.approx(2 * plain.floor_s(fast), rel=0.05)
+    assert plain.floor_s(slow, is_quantised=True) > plain.floor_s(slow)

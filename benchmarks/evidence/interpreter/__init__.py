@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from fastpt.ops._library import OPS
 
-
 _installed: set[str] = set()
 
 
