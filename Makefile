@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc -type f)
 .PHONY: help setup demo test sanitize check lint format types gpu-evidence bench gpu doctor clean
 
 help: ## what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
 
 setup: $(STAMP) ## virtual environment, dependencies, native kernels
 
