@@ -23,7 +23,9 @@ def records(case: Case, with_peers: bool = True) -> list[dict[str, Any]]:
     found = [_record(case, OURS, case.function)]
     for peer, function in case.peers.items() if with_peers else ():
         if find_spec(PACKAGES[peer]) is None:
-            found.append({"case": case.name, "provider": peer, "absent": "not installed: pip install 'fastpt[evidence]'"})
+            found.append(
+                {"case": case.name, "provider": peer, "absent": "not installed: pip install 'fastpt[evidence]'"}
+            )
             continue
         try:
             found.append(_record(case, peer, function))

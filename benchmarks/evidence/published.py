@@ -67,7 +67,7 @@ PUBLISHED: dict[str, tuple[str, list[Peer]]] = {
         Peer("fla", 1.76, 2.91, 2.52, (1, 5), 0, 0.26, "spills; 7 products backward"),
         Peer("Triton tutorial", 2.76, 2.66, 2.69, (1, 3), 0, 0.26, "spills; 7 products backward"),
     ]),
-    "attention GQA": ("512 tokens, 4 heads of 64 over 1, causal", [
+    "attention, 4 query heads to a key head": ("512 tokens, 4 heads of 64 over 1, causal", [
         Peer("fla", 2.34, 5.71, 4.59, (1, 8), 0, 0.26, "spills; key gradients per query head"),
     ]),
 }  # fmt: skip

@@ -73,7 +73,7 @@ def of_traffic(record: Record, bars: Bars) -> Iterator[str]:
     for what, got, most in zip(("forward", "backward"), record["launches"], bars.launches or (), strict=False):
         if got > most:
             yield f"{name}: {got} launches {what}, must be {most}"
-    if record["triton_launches"][0] == 0:
+    if sum(record["triton_launches"]) == 0:
         yield f"{name}: no Triton kernel ran"
     if record["host_syncs"]:
         yield f"{name}: the host waits {record['host_syncs']} times"

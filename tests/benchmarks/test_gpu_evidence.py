@@ -61,9 +61,10 @@ def test_the_sound_kernel_passes_beside_them(missed):
     assert missed["sound"] == []
 
 
-def test_the_meter_counts_what_is_known():
+@pytest.mark.parametrize("known", ["known_traffic.py", "known_numbers.py"])
+def test_the_interpreter_and_the_meter_give_known_answers(known):
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--triton", "tests/benchmarks/known_traffic.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--triton", f"tests/benchmarks/{known}"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout[-2000:]

@@ -30,12 +30,13 @@ def to_float32(pattern: np.ndarray) -> np.ndarray:
 
 def from_float32(values: np.ndarray) -> np.ndarray:
     """The nearest bf16 pattern, ties to even; NaN stays NaN."""
+    shape = np.shape(values)  # ascontiguousarray makes a scalar a row
     values = np.ascontiguousarray(values, dtype=np.float32)
     bits = values.view(np.uint32)
     half = ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
     with np.errstate(over="ignore"):
         rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(values.shape)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(shape)
 
 
 def is_bf16(handle: Handle) -> bool:
@@ -129,14 +130,15 @@ def _sum_in_float32(self, block):
     return _narrowed(_sum(self, _widened(block))) if is_bf16(block.handle) else _sum(self, block)
 
 
-def _min_max_in_float32(self, block, value_op, index_op=None):
-    block = block[0] if isinstance(block, tuple) else block
+def _min_max_in_float32(self, input, val_reduce_op, idx_reduce_op=None):
+    """The names are those that triton passes by keyword."""
+    block = input[0] if isinstance(input, tuple) else input
     if not is_bf16(block.handle):
-        return _min_max(self, block, value_op, index_op)
-    result = _min_max(self, _widened(block), value_op, index_op)
+        return _min_max(self, block, val_reduce_op, idx_reduce_op)
+    result = _min_max(self, _widened(block), val_reduce_op, idx_reduce_op)
     if isinstance(result, tuple):
         return (_narrowed(result[0]), *result[1:])
-    return _narrowed(result) if value_op else result
+    return _narrowed(result) if val_reduce_op else result
 
 
 def _cumsum_in_float32(self, block):
