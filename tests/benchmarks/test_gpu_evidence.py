@@ -152,6 +152,8 @@ def test_machine_code_is_read_right():
         "        /*0020*/                   FADD R0, R5, R8 ;",
         "        /*0030*/                   STL.64 [R1], R4 ;",
         "        /*0040*/                   LDG.E R12, desc[UR4][R2.64] ;",
+        "        /*0044*/              @!P1 CALL.REL.NOINC `(.L_x_9) ;",
+        "        /*0048*/                   CALL.ABS.NOINC `(helper) ;",
         "        /*0050*/              @!P0 BRA `(.L_x_0) ;",
         "        /*0060*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;",
         "        /*0070*/                   STG.E.128 desc[UR4][R2.64], R4 ;",
@@ -162,7 +164,7 @@ def test_machine_code_is_read_right():
     assert code.widths("LDG") == {4: 1, 8: 1, 16: 1}
     assert code.spilled_bytes == (8, 0)
     assert code.tensor_cores == {"HGMMA": 1}
-    assert code.in_loops("STL") == 1
+    assert code.calls_in_loops == 1
 
 
 def test_occupancy_is_what_the_tables_say():

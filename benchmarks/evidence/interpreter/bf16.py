@@ -30,13 +30,12 @@ def to_float32(pattern: np.ndarray) -> np.ndarray:
 
 def from_float32(values: np.ndarray) -> np.ndarray:
     """The nearest bf16 pattern, ties to even; NaN stays NaN."""
-    shape = np.shape(values)  # ascontiguousarray makes a scalar a row
     values = np.ascontiguousarray(values, dtype=np.float32)
     bits = values.view(np.uint32)
     half = ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
     with np.errstate(over="ignore"):
         rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(shape)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(values.shape)
 
 
 def is_bf16(handle: Handle) -> bool:
@@ -112,18 +111,18 @@ def _dot_in_float32(self, a: Handle, b: Handle, accumulator: Handle, *precision)
     return Handle(product.astype(start.dtype), accumulator.dtype.scalar)
 
 
-def _tensor(handle: Handle) -> tl.core.tensor:
-    shape = list(handle.data.shape)
+def _tensor(handle: Handle, like: tl.core.tensor) -> tl.core.tensor:
+    """Of the handle's numbers; a scalar's are an array of one, so only its type tells it from a block."""
     scalar = handle.dtype.scalar
-    return tl.core.tensor(handle, tl.block_type(scalar, shape) if shape else scalar)
+    return tl.core.tensor(handle, tl.block_type(scalar, list(handle.data.shape)) if like.type.is_block() else scalar)
 
 
 def _widened(tensor: tl.core.tensor) -> tl.core.tensor:
-    return _tensor(Handle(to_float32(tensor.handle.data), tl.float32))
+    return _tensor(Handle(to_float32(tensor.handle.data), tl.float32), tensor)
 
 
 def _narrowed(tensor: tl.core.tensor) -> tl.core.tensor:
-    return _tensor(_rounded(tensor.handle.data))
+    return _tensor(_rounded(tensor.handle.data), tensor)
 
 
 def _sum_in_float32(self, block):

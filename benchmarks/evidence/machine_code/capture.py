@@ -141,7 +141,7 @@ class Capture:
             tensor_cores=code.tensor_cores,
             instructions=len(code.instructions),
             double_precision=code.double_precision,
-            calls_in_loops=code.in_loops("CALL"),
+            calls_in_loops=code.calls_in_loops,
             compile_s=self._seconds.get(meta.hash),
         )
 

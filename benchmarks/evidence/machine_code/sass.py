@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;?\s*$")
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;?\s*$")
 _LABEL = re.compile(r"^(\.L_x_\d+|\.L_\d+):")
 _TARGET = re.compile(r"(\.L_x_\d+|\.L_\d+)")
 _REGISTER = re.compile(r"\bR(\d+)(\.64)?\b")
@@ -24,6 +24,7 @@ class Instruction(NamedTuple):
     address: int
     opcode: str  # with its modifiers: LDG.E.128
     operands: str
+    is_predicated: bool = False
 
     @property
     def base(self) -> str:
@@ -62,8 +63,11 @@ class Code:
     def tensor_cores(self) -> dict[str, int]:
         return dict(collections.Counter(i.base for i in self.instructions if i.base in TENSOR_CORES))
 
-    def in_loops(self, base: str) -> int:
-        return sum(i.base == base and any(a <= i.address <= b for a, b in self.loops) for i in self.instructions)
+    @property
+    def calls_in_loops(self) -> int:
+        """Of functions. A predicated CALL is ptxas's own way into a slow path (a division's, a barrier's), seldom taken."""
+        calls = [i for i in self.instructions if i.base == "CALL" and not i.is_predicated]
+        return sum(any(first <= i.address <= last for first, last in self.loops) for i in calls)
 
     @property
     def in_flight_bytes(self) -> int:
@@ -90,7 +94,7 @@ def parse(text: str) -> Code:
             address = int(found.group(1), 16)
             labels.update(dict.fromkeys(waiting, address))
             waiting = []
-            instructions.append(Instruction(address, found.group(2), found.group(3)))
+            instructions.append(Instruction(address, found.group(3), found.group(4), bool(found.group(2))))
     loops = []
     for i in instructions:
         target = _TARGET.search(i.operands) if i.base == "BRA" else None
