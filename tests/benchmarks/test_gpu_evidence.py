@@ -13,6 +13,7 @@ from benchmarks.evidence import calls, step, verdict
 from benchmarks.evidence.case import Bars
 from benchmarks.evidence.devices import Device
 from benchmarks.evidence.machine_code.architectures import occupancy
+from benchmarks.evidence.machine_code.capture import scalar_loads
 from benchmarks.evidence.machine_code.sass import parse
 from benchmarks.evidence.published import PUBLISHED
 from benchmarks.model_flops import training_flops
@@ -165,6 +166,15 @@ def test_machine_code_is_read_right():
     assert code.spilled_bytes == (8, 0)
     assert code.tensor_cores == {"HGMMA": 1}
     assert code.calls_in_loops == 1
+
+
+def test_a_scalar_is_no_narrow_load():
+    code = """
+        %row = tt.load %target : !tt.ptr<i64> loc(#loc1)
+        %scale = tt.load %p, %mask, %zero : !tt.ptr<f32>
+        %block = tt.load %ptrs, %inside, %other : tensor<1024x!tt.ptr<bf16>, #blocked>
+    """
+    assert scalar_loads(code) == {8: 1, 4: 1}
 
 
 def test_occupancy_is_what_the_tables_say():

@@ -11,8 +11,10 @@ on them), so real sizes cost no time and memory that is never touched.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
+import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
@@ -50,7 +52,7 @@ class Kernel:
     occupancy: float
     filled: int
     in_flight: int | None  # on one multiprocessor; None where loads go by TMA, which is not modelled
-    load_widths: dict[int, int]  # accesses by bytes of a thread
+    load_widths: dict[int, int]  # accesses by bytes of a thread; scalars, one address for a whole warp, left out
     store_widths: dict[int, int]
     tensor_cores: dict[str, int]
     instructions: int
@@ -136,7 +138,7 @@ class Capture:
             occupancy=programs * meta.num_warps / limits.warps,
             filled=filled,
             in_flight=None if by_tma else code.in_flight_bytes * 32 * meta.num_warps * filled,
-            load_widths=code.widths("LDG", "LDGSTS"),
+            load_widths=_without(code.widths("LDG", "LDGSTS"), scalar_loads(kernel.asm["ttgir"])),
             store_widths=code.widths("STG"),
             tensor_cores=code.tensor_cores,
             instructions=len(code.instructions),
@@ -153,6 +155,17 @@ def _constants(kernel: CompiledKernel) -> dict[str, Any]:
         for path, value in kernel.src.constants.items()
         if isinstance(path, tuple) and isinstance(path[0], int) and isinstance(value, (bool, int, float, str))
     }
+
+
+def scalar_loads(ttgir: str) -> collections.Counter[int]:
+    """Loads of one element for the whole program, by its bytes."""
+    found = re.findall(r"tt\.load [^\n]*: !tt\.ptr<(?:bf|f|i)(\d+)>", ttgir)
+    return collections.Counter(max(1, int(bits) // 8) for bits in found)
+
+
+def _without(widths: dict[int, int], scalars: collections.Counter[int]) -> dict[int, int]:
+    left = {width: count - scalars[width] for width, count in widths.items()}
+    return {width: count for width, count in left.items() if count > 0}
 
 
 def disassembled(cubin: bytes) -> tuple[Code, int]:
