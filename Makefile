@@ -10,10 +10,10 @@ STAMP := $(VENV)/.fastpt-installed
 MODEL := .cache/smollm2
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup demo test sanitize check lint format types evidence bench gpu doctor clean
+.PHONY: help setup demo test sanitize check lint format types gpu-evidence bench gpu doctor clean
 
 help: ## what can be made
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
 
 setup: $(STAMP) ## virtual environment, dependencies, native kernels
 
@@ -56,6 +56,9 @@ types: $(STAMP) ## mypy
 
 bench: $(STAMP) $(MODEL)/config.json ## the training step against TRL and plain loops
 	$(PYTHON) -m benchmarks.train_step --model $(MODEL) --work packed --mode lora --peers fastpt,trl,trl+fuse,hf
+
+gpu-evidence: $(STAMP) ## the GPU kernels' numbers, machine code and traffic without a GPU, against their bars
+	$(PYTHON) -m benchmarks.gpu_evidence --check
 
 gpu: $(STAMP) $(MODEL)/config.json ## on a machine with a GPU: its tests, then kernels and training step against the peers, into benchmarks/results
 	$(PYTHON) -m pytest -q -m gpu

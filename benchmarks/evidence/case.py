@@ -48,14 +48,14 @@ class Bars:
     new_saved_bytes: int | None = None  # kept for backward beyond the inputs and outputs
     gradient_error: float | None = None  # relative L2, bf16, worst gradient of the traffic inputs
 
-    # By the name of the @triton.jit function:
-    tensor_cores: tuple[str, ...] = ()  # bound by dots: tensor cores (HGMMA on sm_90) instead of bytes in flight
+    # By the name of the @triton.jit function. A kernel that is not named here streams: 16-byte loads, 32 KiB in flight for
+    # each processor on sm_90, 64 on sm_100.
     in_flight_kib: Mapping[str, int] = field(
         default_factory=dict
-    )  # on sm_90, where it is not 32; sm_100 needs twice that
-    not_streaming: Mapping[str, str] = field(
-        default_factory=dict
-    )  # too little work for bytes in flight or 16 bytes: why
+    )  # least on sm_90 and sm_100 where it is more than that
+    tensor_cores: tuple[str, ...] = ()  # bound by dots: tensor cores on every architecture, HGMMA on sm_90
+    small_dots: tuple[str, ...] = ()  # dots too small for HGMMA (m64): tensor cores of any kind, and it streams
+    not_streaming: Mapping[str, str] = field(default_factory=dict)  # too little work to be held to bytes in flight: why
 
 
 @dataclass(frozen=True)

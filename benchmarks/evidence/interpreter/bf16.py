@@ -111,25 +111,26 @@ def _dot_in_float32(self, a: Handle, b: Handle, accumulator: Handle, *precision)
     return Handle(product.astype(start.dtype), accumulator.dtype.scalar)
 
 
-def _tensor(handle: Handle) -> tl.core.tensor:
-    shape = list(handle.data.shape)
+def _tensor(handle: Handle, like: tl.core.tensor) -> tl.core.tensor:
+    """Of the handle's numbers; a scalar's are an array of one, so only its type tells it from a block."""
     scalar = handle.dtype.scalar
-    return tl.core.tensor(handle, tl.block_type(scalar, shape) if shape else scalar)
+    return tl.core.tensor(handle, tl.block_type(scalar, list(handle.data.shape)) if like.type.is_block() else scalar)
 
 
 def _widened(tensor: tl.core.tensor) -> tl.core.tensor:
-    return _tensor(Handle(to_float32(tensor.handle.data), tl.float32))
+    return _tensor(Handle(to_float32(tensor.handle.data), tl.float32), tensor)
 
 
 def _narrowed(tensor: tl.core.tensor) -> tl.core.tensor:
-    return _tensor(_rounded(tensor.handle.data))
+    return _tensor(_rounded(tensor.handle.data), tensor)
 
 
 def _sum_in_float32(self, block):
     return _narrowed(_sum(self, _widened(block))) if is_bf16(block.handle) else _sum(self, block)
 
 
-def _min_max_in_float32(self, input, val_reduce_op, idx_reduce_op=None):  # triton names them
+def _min_max_in_float32(self, input, val_reduce_op, idx_reduce_op=None):
+    """The names are those that triton passes by keyword."""
     block = input[0] if isinstance(input, tuple) else input
     if not is_bf16(block.handle):
         return _min_max(self, block, val_reduce_op, idx_reduce_op)

@@ -17,7 +17,6 @@ from triton.runtime import autotuner, interpreter
 from benchmarks.evidence.interpreter.bf16 import Handle, decoded, from_float32, is_bf16
 
 _convert, _patch_language = interpreter._implicit_cvt, interpreter._patch_lang
-_done: set[str] = set()
 
 ONE_ARGUMENT: dict[str, Callable] = {
     "rsqrt": lambda x: 1.0 / np.sqrt(x),
@@ -52,12 +51,9 @@ TWO_ARGUMENTS: dict[str, Callable] = {
 
 
 def install() -> None:
-    if not _done:
-        interpreter._implicit_cvt = _convert_floats_too
-        interpreter._patch_lang = _patch_aliases_too
-        autotuner.Autotuner.run = _run_first_config
-        _done.add("installed")
-    _install_libdevice()  # again each time: a module imported since then may hold the stubs
+    interpreter._implicit_cvt = _convert_floats_too
+    interpreter._patch_lang = _patch_aliases_too
+    autotuner.Autotuner.run = _run_first_config
 
 
 def _convert_floats_too(argument):
@@ -89,7 +85,7 @@ def _run_first_config(self, *args, **kwargs):
     return self.fn.run(*args, **kwargs, **config.all_kwargs())
 
 
-def _install_libdevice() -> None:
+def install_libdevice() -> None:
     """The stubs of triton.language.extra.libdevice return None; replaced there and where a module has imported one."""
     replaced = {}
     for name, function in [*ONE_ARGUMENT.items(), *TWO_ARGUMENTS.items()]:

@@ -16,7 +16,6 @@ from triton.runtime import interpreter
 
 Rewriter = interpreter.FunctionRewriter
 _transform, _compile = Rewriter._transform_ast, Rewriter._compile_and_exec
-_done: set[str] = set()
 
 REFUSED = (
     ast.Break, ast.Continue, ast.Try, ast.With, ast.Dict, ast.DictComp, ast.ListComp, ast.SetComp, ast.Set, ast.Lambda,
@@ -26,9 +25,6 @@ LEAST_DOT_DEPTH = {8: 32, 32: 8, 64: 4}  # by the bits of the operands; 16 other
 
 
 def install() -> None:
-    if _done:
-        return
-    _done.add("installed")
     Rewriter.ast_transformer = _Rewritten()
     Rewriter._transform_ast, Rewriter._compile_and_exec = _refuse_and_transform, _compile_with_helpers
     convert = interpreter._implicit_cvt

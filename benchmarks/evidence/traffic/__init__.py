@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from benchmarks.evidence import interpreter
 from benchmarks.evidence.traffic import hooks
 from benchmarks.evidence.traffic.memory import LiveMemory
 from benchmarks.evidence.traffic.torch_ops import TorchOps
@@ -77,6 +78,7 @@ class Meter:
         self._saved: dict[int, tuple[int, bool]] = {}
 
     def __enter__(self) -> Meter:
+        interpreter.install()
         hooks.install()
         assert hooks.active() is None, "one meter at a time"
         hooks.activate(self)

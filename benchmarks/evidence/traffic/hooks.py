@@ -24,7 +24,7 @@ def activate(meter: Any) -> None:
 
 
 def install() -> None:
-    """Once per process, after the interpreter's other fixes where both are wanted: these wrap what they find."""
+    """Once per process, after the interpreter's own fixes: these wrap what they find."""
     if _installed:
         return
     _installed.add("installed")
