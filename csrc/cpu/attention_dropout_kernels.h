@@ -45,14 +45,19 @@ FASTPT_INLINE void four_sums(int64_t n, int64_t keys, int64_t K, const float* s,
   }
 }
 
-// out [keys, K] += sᵀ [keys, kQueries] · a [kQueries, K].
+// out [keys, K] += sᵀ [keys, kQueries] · a [kQueries, K]; K a multiple of kLanes.
 FASTPT_INLINE void add_outer(int64_t n, int64_t keys, int64_t K, const float* s, const float* a, float* out) {
-  for (int64_t j = 0; j < keys; ++j) {
+  for (int64_t c = 0; c < K; c += kLanes) {
+    float rows[kQueries][kLanes];  // stay in registers
+    for (int64_t r = 0; r < kQueries; ++r) std::memcpy(rows[r], a + r * K + c, sizeof rows[r]);
+    for (int64_t j = 0; j < keys; ++j) {
+      float* to = out + j * K + c;
 #pragma omp simd
-    for (int64_t d = 0; d < K; ++d) {
-      float sum = 0.0f;
-      for (int64_t r = 0; r < kQueries; ++r) sum += s[r * n + j] * a[r * K + d];
-      out[j * K + d] += sum;
+      for (int64_t l = 0; l < kLanes; ++l) {
+        float sum = 0.0f;
+        for (int64_t r = 0; r < kQueries; ++r) sum += s[r * n + j] * rows[r][l];
+        to[l] += sum;
+      }
     }
   }
 }
