@@ -14,8 +14,10 @@ def reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def reference_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = gate.dtype
+    grad, gate, up = (t.to(torch.promote_types(dtype, torch.float32)) for t in (grad, gate, up))
     sigmoid = torch.sigmoid(gate)
-    return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
+    return (grad * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype), (grad * gate * sigmoid).to(dtype)
 
 
 _forward = register(
