@@ -208,6 +208,44 @@ def row_statistics_backward(
 
 
 @triton.jit
+def loss_of(
+    z_target, top, log_sum, total_z, total_weight, weight, classes, smoothing, class_weight_ptr, SMOOTHED: tl.constexpr
+):
+    """A row's loss without z-loss, and its derivative by the logsumexp; max is subtracted before anything is rounded."""
+    of_lse = (1.0 - smoothing) * weight
+    rest = of_lse * (top - z_target)
+    if SMOOTHED:
+        mean_weight = 1.0
+        if class_weight_ptr is not None:
+            mean_weight = total_weight / classes
+        of_lse += smoothing * mean_weight
+        rest += smoothing * (mean_weight * top - total_z / classes)
+    return of_lse * log_sum + rest, of_lse
+
+
+@triton.jit
+def write_zeros(row_ptr, bound, BLOCK: tl.constexpr):
+    for start in tl.range(0, bound, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        tl.store(row_ptr + cols, tl.zeros((BLOCK,), tl.float32), mask=cols < bound)
+
+
+@triton.jit
+def write_gradient(
+    row_ptr, drow_ptr, bound, classes, top, log_sum, target, of_p, of_all, of_target, scale, softcap, class_weight_ptr,
+    CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of a row that is read again, from its end."""
+    tiles = tl.cdiv(bound, BLOCK)
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        cols = (tiles - 1 - tile) * BLOCK + tl.arange(0, BLOCK)
+        x = load_row(row_ptr, cols, bound)
+        p, _log_p, slope = probabilities(x, top, log_sum, scale, softcap, CAPPED)
+        dz = logit_gradient(p, slope, cols, target, of_p, of_all, of_target, class_weight_ptr, classes, SMOOTHED)
+        tl.store(drow_ptr + cols, dz, mask=cols < bound)
+
+
+@triton.jit
 def row_losses(
     logits_ptr, dlogits_ptr, targets_ptr, rows_ptr, class_weight_ptr, factor_ptr, loss_ptr, top_ptr, log_sum_ptr,
     logits_stride, dlogits_stride, factor_stride, bound, classes, ignore_index, scale, softcap, smoothing, z_loss,
@@ -229,9 +267,7 @@ def row_losses(
             tl.store(top_ptr + i, 0.0)
             tl.store(log_sum_ptr + i, 0.0)
         if dlogits_ptr is not None:
-            for start in tl.range(0, bound, BLOCK):
-                zeros = tl.zeros((BLOCK,), tl.float32)
-                tl.store(dlogits_ptr + i * dlogits_stride + start + lanes, zeros, mask=start + lanes < bound)
+            write_zeros(dlogits_ptr + i * dlogits_stride, bound, BLOCK)
     else:
         target, z_target, weight = load_target(
             row_ptr, targets_ptr, t, classes, scale, softcap, class_weight_ptr, CAPPED
@@ -246,16 +282,10 @@ def row_losses(
             )
         log_sum = tl.log(total)
         lse = top + log_sum
-        of_lse = (1.0 - smoothing) * weight  # of lse - z_target; max is taken out of both before they are rounded
-        rest = of_lse * (top - z_target)
-        if SMOOTHED:
-            mean_weight = 1.0
-            if class_weight_ptr is not None:
-                mean_weight = total_weight / classes
-            of_lse += smoothing * mean_weight
-            rest += smoothing * (mean_weight * top - total_z / classes)
-        loss = of_lse * log_sum + rest + z_loss * lse * lse
-        tl.store(loss_ptr + i, loss)
+        loss, of_lse = loss_of(
+            z_target, top, log_sum, total_z, total_weight, weight, classes, smoothing, class_weight_ptr, SMOOTHED
+        )
+        tl.store(loss_ptr + i, loss + z_loss * lse * lse)
         if top_ptr is not None:
             tl.store(top_ptr + i, top)
             tl.store(log_sum_ptr + i, log_sum)
@@ -275,15 +305,10 @@ def row_losses(
                 )
                 tl.store(dlogits_ptr + i * dlogits_stride + lanes, dz, mask=lanes < bound)
             else:
-                tiles = tl.cdiv(bound, BLOCK)
-                for tile in tl.range(0, tiles, num_stages=STAGES):
-                    cols = (tiles - 1 - tile) * BLOCK + lanes
-                    x_tile = load_row(row_ptr, cols, bound)
-                    p, _log_p, slope_tile = probabilities(x_tile, top, log_sum, scale, softcap, CAPPED)
-                    dz_tile = logit_gradient(
-                        p, slope_tile, cols, target, of_p, of_all, of_target, class_weight_ptr, classes, SMOOTHED
-                    )
-                    tl.store(dlogits_ptr + i * dlogits_stride + cols, dz_tile, mask=cols < bound)
+                write_gradient(
+                    row_ptr, dlogits_ptr + i * dlogits_stride, bound, classes, top, log_sum, target, of_p, of_all,
+                    of_target, scale, softcap, class_weight_ptr, CAPPED, SMOOTHED, BLOCK, STAGES,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -312,14 +337,10 @@ def row_losses_backward(
     of_p = factor * ((1.0 - smoothing) * weight + smoothing * mean_weight + 2.0 * z_loss * (top + log_sum))
     of_all = -factor * smoothing / classes
     of_target = factor * (smoothing - 1.0) * weight
-    lanes = tl.arange(0, BLOCK)
     if y == ignore_index:
-        for start in tl.range(0, bound, BLOCK):
-            zeros = tl.zeros((BLOCK,), tl.float32)
-            tl.store(dlogits_ptr + i * dlogits_stride + start + lanes, zeros, mask=start + lanes < bound)
+        write_zeros(dlogits_ptr + i * dlogits_stride, bound, BLOCK)
     else:
-        for start in tl.range(0, bound, BLOCK, num_stages=STAGES):
-            cols = start + lanes
-            p, _log_p, slope = probabilities(load_row(row_ptr, cols, bound), top, log_sum, scale, softcap, CAPPED)
-            dz = logit_gradient(p, slope, cols, target, of_p, of_all, of_target, class_weight_ptr, classes, SMOOTHED)
-            tl.store(dlogits_ptr + i * dlogits_stride + cols, dz, mask=cols < bound)
+        write_gradient(
+            row_ptr, dlogits_ptr + i * dlogits_stride, bound, classes, top, log_sum, target, of_p, of_all,
+            of_target, scale, softcap, class_weight_ptr, CAPPED, SMOOTHED, BLOCK, STAGES,
+        )  # fmt: skip

@@ -39,7 +39,9 @@ def _record(case: Case, provider: str, function: Callable) -> dict[str, Any]:
     floors = case.floor(*inputs.args, **inputs.kwargs)
     product = case.flops(*inputs.args, **inputs.kwargs) if case.flops else None
     exact = _exact_gradients(case, inputs)  # before: a peer may overwrite its inputs
-    first, second, gradients = metered(function, inputs, TritonServes() if provider == OURS else nullcontext())
+    first, second, gradients, saved_beyond = metered(
+        function, inputs, TritonServes() if provider == OURS else nullcontext()
+    )
     moved = first.moved, second.moved
     return {
         "case": case.name,
@@ -60,18 +62,20 @@ def _record(case: Case, provider: str, function: Callable) -> dict[str, Any]:
         "peak_extra": (first.peak_extra, second.peak_extra),
         "saved": first.saved,
         "saved_new": first.saved_new,
+        "saved_beyond": saved_beyond,
         "gradient_error": _worst_error(gradients, exact),
     }
 
 
-def metered(function: Callable, inputs: Inputs, serving) -> tuple[Traffic, Traffic, list[Tensor | None]]:
-    """The traffic of forward and of backward, and the gradients."""
+def metered(function: Callable, inputs: Inputs, serving) -> tuple[Traffic, Traffic, list[Tensor | None], int]:
+    """The traffic of forward and of backward, the gradients, and the bytes saved for them beyond inputs and outputs."""
     with Meter() as first, serving:
         outputs = calls.forward(function, inputs)
+    saved_beyond = first.saved_beyond(outputs)
     incoming = calls.random_like(outputs)
     with Meter() as second, serving:
         gradients = calls.backward(outputs, inputs, incoming)
-    return first.traffic(), second.traffic(), gradients
+    return first.traffic(), second.traffic(), gradients, saved_beyond
 
 
 def _exact_gradients(case: Case, inputs: Inputs) -> list[Tensor | None]:

@@ -39,7 +39,8 @@ def _numbers(records: list[Record]) -> Table:
         worst = []
         for dtype in ("float32", "bfloat16", "float16"):
             overs = [r["error_over_budget"] for r in mine if r["dtype"] == dtype]
-            worst.append(f"{max((o for o in overs if o is not None), default=float('nan')):.2f}" if overs else "")
+            known = [over for over in overs if over is not None]
+            worst.append(f"{max(known):.2f}" if known else "failed" if overs else "")
         table.add_row(name, str(len(mine)), *worst, str(sum(len(r["faults"]) for r in mine)))
     return table
 

@@ -81,7 +81,7 @@ def of_traffic(record: Record, bars: Bars) -> Iterator[str]:
         yield f"{name}: {count} elements of kind {kind} in a race"
     for what, got, most in (
         ("multiply-adds over one forward product", record["flops"], bars.flops),
-        ("new bytes saved for backward", record["saved_new"], bars.new_saved_bytes),
+        ("new bytes saved for backward", record["saved_beyond"], bars.new_saved_bytes),
         ("error of the worst gradient", record["gradient_error"], bars.gradient_error),
     ):
         if most is not None and (got is None or got > most * (1 + 1e-9)):

@@ -155,6 +155,6 @@ def adamw(
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all values of all the tensors, [] in float32 (float64 if any is), for clipping by adamw's grad_scale.
 
-    Numerics: squares summed in float64, in an order that no thread count changes.
+    Numerics: squares summed in float64 by the C++ kernel, in two scaled float32 sums by the Triton one; the order is fixed.
     """
     return _norm(grads)

@@ -96,8 +96,8 @@ def reference_and_gradient(
     gradient,
 ):
     options = targets, class_weight, ignore_index, softcap, logit_scale, label_smoothing, z_loss, reduction
-    loss, *saved = reference(logits, *options)
-    gradient.copy_(reference_backward(scale, *saved, logits, *options))
+    loss, max_logit, log_sum, share = reference(logits, *options)
+    gradient.copy_(reference_backward(scale, max_logit, log_sum, share, logits, *options))
     return loss
 
 

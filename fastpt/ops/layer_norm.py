@@ -231,6 +231,7 @@ def add_layer_norm(
     """
     if not 0 <= dropout_p <= 1:
         raise RuntimeError(f"add_layer_norm: dropout_p is {dropout_p}; it must lie between 0 and 1")
-    residual = residual.to(torch.promote_types(x.dtype, residual.dtype))
+    if x.dtype != residual.dtype:  # autocast: a bfloat16 branch beside a float32 stream
+        residual = residual.to(torch.promote_types(x.dtype, residual.dtype))
     seed = drawn_seed(dropout_p) if seed is None else seed
     return _AddLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed)

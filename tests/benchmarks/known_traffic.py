@@ -150,5 +150,9 @@ def test_saved_for_backward_is_old_or_new():
 
     x = torch.randn(64, 128, requires_grad=True)
     with Meter() as meter:
-        Scaled.apply(x)
+        scaled = Scaled.apply(x)
+    assert meter.saved_beyond([scaled]) == 256
+    with Meter() as kept:
+        root = x.sqrt()  # keeps its own result
+    assert (kept.traffic().saved_new, kept.saved_beyond([root])) == (nbytes(x), 0)
     assert (meter.traffic().saved, meter.traffic().saved_new) == (nbytes(x) + 256, 256)

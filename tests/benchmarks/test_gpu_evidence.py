@@ -108,7 +108,7 @@ def test_bars_of_machine_code(changes, sentence):
 def traffic(**changes):
     sound = {
         "case": "x", "part": "traffic", "provider": "fastpt", "forward": 1.0, "backward": 1.1, "together": 1.05,
-        "launches": [1, 2], "triton_launches": [1, 2], "host_syncs": 0, "hazards": {}, "flops": 3.0, "saved_new": 8,
+        "launches": [1, 2], "triton_launches": [1, 2], "host_syncs": 0, "hazards": {}, "flops": 3.0, "saved_beyond": 8,
         "gradient_error": 1e-3,
     }  # fmt: skip
     return {**sound, **changes}
@@ -125,7 +125,7 @@ def traffic(**changes):
         ({"host_syncs": 1}, "waits"),
         ({"hazards": {"ww": 2}}, "race"),
         ({"flops": 4.0}, "multiply-adds"),
-        ({"saved_new": 9}, "saved"),
+        ({"saved_beyond": 9}, "saved"),
         ({"gradient_error": 2e-3}, "error"),
         ({"triton_launches": [0, 0]}, "no Triton kernel"),
         ({"provider": "Liger", "forward": 9.0}, None),

@@ -51,8 +51,8 @@ def numbers(make: Make) -> Iterator[Inputs]:
 def real(make: Make) -> Iterator[Inputs]:
     """The other tiles of row_losses: linear_cross_entropy."""
     for classes in (128256, 32000):
-        yield Inputs(f"256x{classes}", (make(256, classes, grad=True), labels(256, classes)))
-    yield Inputs("256x256000, softcap", (make(256, 256000, grad=True), labels(256, 256000)), {"softcap": 30.0})
+        yield Inputs(f"2048x{classes}", (make(2048, classes, grad=True), labels(2048, classes)))
+    yield Inputs("2048x256000, softcap", (make(2048, 256000, grad=True), labels(2048, 256000)), {"softcap": 30.0})
 
 
 def traffic(make: Make) -> Inputs:
@@ -84,7 +84,7 @@ def numbers_at_once(make: Make) -> Iterator[Inputs]:
 
 def real_at_once(make: Make) -> Iterator[Inputs]:
     for classes in (32000, 128256):
-        yield Inputs(f"256x{classes}", (make(256, classes), labels(256, classes), torch.tensor(1.0)))
+        yield Inputs(f"2048x{classes}", (make(2048, classes), labels(2048, classes), torch.tensor(1.0)))
 
 
 def traffic_at_once(make: Make) -> Inputs:

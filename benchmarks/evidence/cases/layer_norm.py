@@ -89,7 +89,8 @@ def liger(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return LigerLayerNormFunction.apply(x, weight, bias, eps)
 
 
-BARS = Bars(forward=1.05, backward=1.05, launches=(1, 2), not_streaming=TOO_SMALL)
+# Two of the launches are autograd's: it casts the float32 gradients to the parameters' bfloat16.
+BARS = Bars(forward=1.05, backward=1.05, launches=(1, 4), not_streaming=TOO_SMALL)
 CASES = [
     Case(
         op="layer_norm",

@@ -40,16 +40,16 @@ def numbers(make: Make) -> Iterator[Inputs]:
 def real(make: Make) -> Iterator[Inputs]:
     """Kernels see the classes alone: few rows and a narrow head keep the products small."""
     for classes in reversed(PLAIN):
-        args, kept = head(make, 64, 64, classes)
-        yield Inputs(f"64x64x{classes}", args, kept)
+        args, kept = head(make, 512, 16, classes)
+        yield Inputs(f"512x16x{classes}", args, kept)
     for classes in reversed(CAPPED):
-        args, kept = head(make, 64, 64, classes)
-        yield Inputs(f"64x64x{classes}, softcap", args, kept | {"softcap": 30.0})
+        args, kept = head(make, 512, 16, classes)
+        yield Inputs(f"512x16x{classes}, softcap", args, kept | {"softcap": 30.0})
 
 
 def real_frozen(make: Make) -> Iterator[Inputs]:
-    args, kept = head(make, 64, 64, 128256, trained=False)
-    yield Inputs("64x64x128256", args, kept)
+    args, kept = head(make, 512, 16, 128256, trained=False)
+    yield Inputs("512x16x128256", args, kept)
 
 
 def traffic(make: Make) -> Inputs:

@@ -38,10 +38,10 @@ def numbers(make: Make) -> Iterator[Inputs]:
 
 def real(make: Make) -> Iterator[Inputs]:
     for classes in reversed(PLAIN):
-        args, kept = head(make, 64, 64, classes)
-        yield Inputs(f"64x64x{classes}", args, kept)
-    args, kept = head(make, 64, 64, 256000)
-    yield Inputs("64x64x256000, softcap", args, kept | {"softcap": 30.0})
+        args, kept = head(make, 512, 16, classes)
+        yield Inputs(f"512x16x{classes}", args, kept)
+    args, kept = head(make, 512, 16, 256000)
+    yield Inputs("512x16x256000, softcap", args, kept | {"softcap": 30.0})
 
 
 def traffic(make: Make) -> Inputs:

@@ -123,6 +123,11 @@ class Meter:
             self.counts.update(storage.counts)
         self._storages = []
 
+    def saved_beyond(self, outputs: list[Tensor]) -> int:
+        """Bytes made here and kept for backward that are no output's own."""
+        theirs = {output.untyped_storage()._cdata for output in outputs}
+        return sum(size for key, (size, is_new) in self._saved.items() if is_new and key not in theirs)
+
     def traffic(self) -> Traffic:
         counts, ops = self.counts, self.torch_ops.counts
         return Traffic(
