@@ -152,14 +152,7 @@ TABLE: dict[str, dict[int, Entries]] = {
             (1 << 62, {"columns": 4096, "warps": 16, "stages": 4}),
         ]
     },
-    "row_losses_capped": {
-        80: [
-            (1024, {"columns": 1024, "warps": 2}),
-            (4096, {"columns": 4096, "warps": 8}),
-            (8192, {"columns": 8192, "warps": 16}),
-            (1 << 62, {"columns": 4096, "warps": 16, "stages": 4}),
-        ]
-    },
+    "row_losses_capped": {80: [(1 << 62, {"columns": 4096, "warps": 16, "stages": 4})]},
     "row_statistics": {
         80: [
             (1024, {"columns": 1024, "warps": 2}),

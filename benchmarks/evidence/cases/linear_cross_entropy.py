@@ -37,18 +37,23 @@ def numbers(make: Make) -> Iterator[Inputs]:
     yield Inputs("7x33x131", args, kept)
 
 
+def rows_for(classes: int) -> int:
+    """Enough programs to fill a GPU; the products, which are computed, stay small."""
+    return min(8192, (1 << 26) // classes)
+
+
 def real(make: Make) -> Iterator[Inputs]:
     """Kernels see the classes alone: few rows and a narrow head keep the products small."""
     for classes in reversed(PLAIN):
-        args, kept = head(make, 512, 16, classes)
-        yield Inputs(f"512x16x{classes}", args, kept)
+        args, kept = head(make, rows_for(classes), 16, classes)
+        yield Inputs(f"{rows_for(classes)}x16x{classes}", args, kept)
     for classes in reversed(CAPPED):
-        args, kept = head(make, 512, 16, classes)
-        yield Inputs(f"512x16x{classes}, softcap", args, kept | {"softcap": 30.0})
+        args, kept = head(make, rows_for(classes), 16, classes)
+        yield Inputs(f"{rows_for(classes)}x16x{classes}, softcap", args, kept | {"softcap": 30.0})
 
 
 def real_frozen(make: Make) -> Iterator[Inputs]:
-    args, kept = head(make, 512, 16, 128256, trained=False)
+    args, kept = head(make, rows_for(128256), 16, 128256, trained=False)
     yield Inputs("512x16x128256", args, kept)
 
 

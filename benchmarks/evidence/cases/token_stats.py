@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.evidence.case import Bars, Case, Inputs, Make
 from benchmarks.evidence.cases.cross_entropy import PLAIN
-from benchmarks.evidence.cases.linear_cross_entropy import floor, flops, head
+from benchmarks.evidence.cases.linear_cross_entropy import floor, flops, head, rows_for
 from fastpt.ops import token_stats
 
 
@@ -38,9 +38,9 @@ def numbers(make: Make) -> Iterator[Inputs]:
 
 def real(make: Make) -> Iterator[Inputs]:
     for classes in reversed(PLAIN):
-        args, kept = head(make, 512, 16, classes)
-        yield Inputs(f"512x16x{classes}", args, kept)
-    args, kept = head(make, 512, 16, 256000)
+        args, kept = head(make, rows_for(classes), 16, classes)
+        yield Inputs(f"{rows_for(classes)}x16x{classes}", args, kept)
+    args, kept = head(make, rows_for(256000), 16, 256000)
     yield Inputs("512x16x256000, softcap", args, kept | {"softcap": 30.0})
 
 
