@@ -144,18 +144,21 @@ TABLE: dict[str, dict[int, Entries]] = {
     # serves class weights: both take registers for every logit.
     "row_losses": {
         80: [
-            (1024, {"columns": 1024, "warps": 2}),
+            (1024, {"columns": 1024, "warps": 4}),
             (4096, {"columns": 4096, "warps": 4}),
             (8192, {"columns": 8192, "warps": 8}),
             (16384, {"columns": 16384, "warps": 16}),
             (32768, {"columns": 32768, "warps": 32}),
-            (1 << 62, {"columns": 4096, "warps": 16, "stages": 4}),
+            (1 << 62, {"columns": 4096, "warps": 16, "stages": 5}),
         ]
     },
-    "row_losses_capped": {80: [(1 << 62, {"columns": 4096, "warps": 16, "stages": 4})]},
+    "row_losses_capped": {
+        80: [(1 << 62, {"columns": 4096, "warps": 16, "stages": 4})],
+        100: [(1 << 62, {"columns": 4096, "warps": 16, "stages": 5})],
+    },
     "row_statistics": {
         80: [
-            (1024, {"columns": 1024, "warps": 2}),
+            (1024, {"columns": 1024, "warps": 1}),
             (4096, {"columns": 4096, "warps": 4}),
             (8192, {"columns": 8192, "warps": 8}),
             (16384, {"columns": 16384, "warps": 16}),
@@ -163,8 +166,8 @@ TABLE: dict[str, dict[int, Entries]] = {
             (1 << 62, {"columns": 8192, "warps": 32, "stages": 3}),
         ]
     },
-    "row_statistics_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 2})]},
-    "row_losses_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 2})]},
+    "row_statistics_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 3})]},
+    "row_losses_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 3})]},
     "sum_losses": {80: [(1 << 62, {"columns": 1024, "warps": 8})]},
     "scale_in_place": {80: [(1 << 62, {"columns": 4096, "warps": 8})]},
     # lora_linear. The size of the large products is the bytes of an element; that of the low-rank kernels is the ranks of a
