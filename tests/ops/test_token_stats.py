@@ -73,6 +73,18 @@ def test_top1_and_ignored_rows(dtype):
     assert all(torch.equal(a, b) for a, b in zip(stats, token_stats(hidden, weight, targets, kept=kept), strict=True))
 
 
+def test_tiles_without_a_likely_class():
+    """A row that a GPU reads in tiles, whole ones of which are -inf, or as low as a mask goes, before the others."""
+    hidden, weight, bias, _ = (x.detach() for x in make(2, 8, 40_000))
+    for lowest in (-torch.inf, torch.finfo(torch.bfloat16).min):
+        bias[:20_000] = lowest
+        targets = torch.tensor([30_000, 39_999])
+        got = token_stats(hidden, weight, targets, bias=bias)
+        wide = token_stats(hidden.double(), weight[20_000:].double(), targets - 20_000, bias=bias[20_000:].double())
+        for a, b in zip(got, wide, strict=True):
+            torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=0)
+
+
 def test_entropy_of_a_certain_row_is_zero():
     hidden = torch.tensor([[1000.0, 0.0]]).requires_grad_()
     stats = token_stats(hidden, torch.eye(2), torch.tensor([0]))
