@@ -144,7 +144,7 @@ TABLE: dict[str, dict[int, Entries]] = {
     # serves class weights: both take registers for every logit.
     "row_losses": {
         80: [
-            (2048, {"columns": 2048, "warps": 2}),
+            (1024, {"columns": 1024, "warps": 1}),
             (4096, {"columns": 4096, "warps": 4}),
             (8192, {"columns": 8192, "warps": 8}),
             (16384, {"columns": 16384, "warps": 16}),

@@ -13,7 +13,7 @@ from fastpt.ops import cross_entropy, cross_entropy_and_gradient
 from fastpt.ops._library import OPS
 
 # Every tile that holds a row, and rows that are read in tiles: Llama's old and new vocabularies among them.
-PLAIN = (1000, 4096, 8192, 16384, 32000, 128256)
+PLAIN = (1024, 4096, 8192, 16384, 32000, 128256)
 CAPPED = (256000,)
 ONE_PROGRAM = {"sum_losses": "one program adds up a loss a row"}
 
