@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.evidence import calls
 from benchmarks.evidence.case import Case, Inputs
 from benchmarks.harness import Case as Timed
-from benchmarks.harness import forward_backward, wanted
+from benchmarks.harness import wanted
 from fastpt.ops._library import Cost
 
 
@@ -33,17 +33,17 @@ def make_on(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
     """How a case gets its tensors: random ones on a device."""
 
     def make(*shape: int, grad: bool = False, dtype: torch.dtype | None = dtype, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(*shape, device=device)).to(dtype).requires_grad_(grad)
+        return (scale * torch.randn(shape, device=device)).to(dtype).requires_grad_(grad)
 
     return make
 
 
 def cases(op: str, device: str, dtype: torch.dtype, peers: str | None, *, toy: bool) -> Iterator[Timed]:
-    """Timed cases of an op; toy takes the small odd shapes that the numbers are checked at."""
+    """Timed cases of an op; toy takes the small shape that traffic is counted at."""
     with torch.device(device):  # what a case builds itself
         for case in of(op):
             make = make_on(device, dtype)
-            for inputs in islice(case.numbers(make), 2) if toy else case.real(make):
+            for inputs in [case.traffic(make)] if toy else case.real(make):
                 yield _timed(case, inputs, dtype, peers)
 
 
@@ -68,16 +68,22 @@ def _timed(case: Case, inputs: Inputs, dtype: torch.dtype, peers: str | None) ->
     )
 
 
-def _provider(function: Callable[..., Any], inputs: Inputs) -> Callable[[], Any] | None:
+def _provider(function: Callable[..., Any], inputs: Inputs) -> Callable[[], list[Tensor]] | None:
     """The function's forward and backward on the inputs; None for a peer that is not installed."""
-
-    def call(*args: Any) -> tuple[Tensor, ...]:
-        found = function(*args, **inputs.kwargs)
-        outputs = found if isinstance(found, tuple) else (found,)
-        return tuple(o for o in outputs if isinstance(o, Tensor) and o.requires_grad)
-
     try:
-        return forward_backward(call, *inputs.args)
+        return both_passes(function, inputs)
     except ImportError as absent:
         print(f"left out: {absent}")
         return None
+
+
+def both_passes(function: Callable[..., Any], inputs: Inputs) -> Callable[[], list[Tensor]]:
+    """Forward and backward from a fixed incoming gradient: what a call of it returns are outputs, then gradients."""
+    incoming = [torch.randn_like(o) if o.requires_grad else None for o in calls.forward(function, inputs)]
+
+    def run() -> list[Tensor]:
+        outputs = calls.forward(function, inputs)
+        gradients = calls.backward(outputs, inputs, incoming)
+        return [*(o.detach() for o in outputs), *(g for g in gradients if g is not None)]
+
+    return run

@@ -112,23 +112,6 @@ def write_table(table: Mapping[str, Mapping[int, Entries]], file: Path) -> None:
     file.write_text(f"{head}TABLE: dict[str, dict[int, list[tuple[int, dict[str, int]]]]] = {body}\n")
 
 
-def step_of(case: Any, inputs: Any) -> Callable[[], list[Tensor]]:
-    """Forward and backward of one call, returning outputs and gradients."""
-    wanted = [a for a in inputs.args if isinstance(a, Tensor) and a.requires_grad]
-    grads: list[Tensor] = []
-
-    def step() -> list[Tensor]:
-        outputs = case.function(*inputs.args, **inputs.kwargs)
-        outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(o, Tensor)]
-        ends = [o for o in outputs if o.requires_grad]
-        if len(grads) < len(ends):
-            grads.extend(torch.randn_like(o) for o in ends)
-        found = torch.autograd.grad(ends, wanted, grads, allow_unused=True) if wanted and ends else ()
-        return [t.detach() for t in (*outputs, *found) if t is not None]
-
-    return step
-
-
 def agree(got: list[Tensor], expected: list[Tensor]) -> bool:
     """Equal but for rounding in their dtype."""
     for a, b in zip(got, expected, strict=True):
@@ -144,7 +127,7 @@ def tune(cases: list[Any], make: Any, arch: int, bench: Callable[[Callable[[], A
     report = []
     for case in cases:
         for inputs in case.real(make):
-            step = step_of(case, inputs)
+            step = gpu_cases.both_passes(case.function, inputs)
             with recorded_choices() as chosen:
                 expected = step()
             for (kernel, size), start in chosen.items():

@@ -46,6 +46,25 @@ def head_case(op, eager):
     return lambda h, w, b: op(h, w, targets, bias=b), lambda h, w, b: eager(h, w, b, targets), inputs
 
 
+def cross_entropy_case():
+    targets = torch.randint(300, (TOKENS,))
+    return (
+        lambda z: ops.cross_entropy(z, targets, reduction="none"),
+        lambda z: F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), targets, reduction="none"),
+        leaves((TOKENS, 300)),
+    )
+
+
+def lora_swiglu_case():
+    def op(x, *tensors):
+        return ops.lora_swiglu(x, *(ops.Layer(weight) for weight in tensors))
+
+    def eager(x, gate, up):
+        return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+    return op, eager, leaves((TOKENS, 64), (96, 64), (96, 64))
+
+
 def rope_case():
     cos, sin = test_rope.tables(TOKENS, 32)
 
@@ -67,6 +86,7 @@ CASES = {
     ),
     "attention": attention_case,
     "bias_gelu": lambda: (ops.bias_gelu, lambda x, b: F.gelu(x + b), leaves((TOKENS, 96), (96,))),
+    "cross_entropy": cross_entropy_case,
     "embedding": lambda: (ops.embedding, F.embedding, [torch.randint(300, (TOKENS,)), *leaves((300, 96))]),
     "geglu": lambda: (ops.geglu, lambda g, u: F.gelu(g, approximate="tanh") * u, activation()),
     "layer_norm": lambda: (test_layer_norm.fused, test_layer_norm.eager, test_layer_norm.leaves((TOKENS, 96))),
@@ -75,13 +95,14 @@ CASES = {
         linear_group_as_layers, lambda x, *ws: tuple(F.linear(x, w) for w in ws), leaves((TOKENS, 64), (96, 64), (40, 64))
     ),
     "lora_linear": lambda: (test_lora_linear.op, test_lora_linear.eager, test_lora_linear.make((TOKENS,), 64, 96, 16)),
+    "lora_swiglu": lora_swiglu_case,
     "rms_norm": lambda: (test_rms_norm.fused("llama"), test_rms_norm.eager("llama"), leaves((TOKENS, 96), (96,))),
     "rope": rope_case,
     "swiglu": lambda: (ops.swiglu, lambda g, u: F.silu(g) * u, activation()),
     "token_stats": lambda: head_case(stats, test_token_stats.eager),
 }  # fmt: skip
-# No gradients: their own tests hold them to equal bits at 1, 2 and 3 threads.
-ELSEWHERE = {"adamw", "grad_norm", "decode_block", "decode_logits", "Layer", "TokenStats"}
+# No gradients: their own tests hold them to equal bits at 1, 2 and 3 threads. cross_entropy_and_gradient writes its own.
+ELSEWHERE = {"adamw", "grad_norm", "decode_block", "decode_logits", "cross_entropy_and_gradient", "Layer", "TokenStats"}
 
 
 @pytest.fixture(params=[1, 2, 3])
