@@ -2,8 +2,8 @@
 
 The build has a folder of its own and touches no other. What is JIT-compiled (libtorch's brgemm) and libtorch itself are not
 instrumented; below AVX-512 the GEMM tiles are loops of ours, so their accesses are checked there. Leaks are not looked for:
-the Python interpreter and libtorch keep memory to the end by design. A report fails the run. A test that fails without one is
-listed only: the checks keep sums from being vectorised, and in scalar order some come out beyond the bound of `make test`.
+the Python interpreter and libtorch keep memory to the end by design. A report fails the run, and so does a failing test: the bounds
+hold in scalar order too.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ def is_clean(package: Path, level: str) -> bool:
     chosen = [] if level == LEVELS[0] else ["-k", "not compile and not opcheck"]
     options = [
         "-q",
-        "--tb=no",
         "--capture=sys",
         "-p",
         "no:cacheprovider",
@@ -90,7 +89,7 @@ def is_clean(package: Path, level: str) -> bool:
     told = sorted(reports.iterdir())
     for report in told:
         print(report.read_text(errors="replace"))
-    return not told and run.returncode in (0, 1)  # all passed, or some failed; else it was stopped or ran nothing
+    return not told and run.returncode == 0
 
 
 def main() -> int:
