@@ -2,8 +2,8 @@
 
 The build has a folder of its own and touches no other. What is JIT-compiled (libtorch's brgemm) and libtorch itself are not
 instrumented; below AVX-512 the GEMM tiles are loops of ours, so their accesses are checked there. Leaks are not looked for:
-the Python interpreter and libtorch keep memory to the end by design. A report fails the run, and so does a failing test: the bounds
-hold in scalar order too.
+the Python interpreter and libtorch keep memory to the end by design. A report fails the run, and so does a failing test:
+the bounds hold in scalar order too.
 """
 
 from __future__ import annotations
