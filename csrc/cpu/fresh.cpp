@@ -1,7 +1,7 @@
 // glibc's malloc maps blocks beyond a threshold afresh each time and gives the top of the heap back to the system when
 // it exceeds twice that; both rise to the largest mapped block freed so far, here once to what they may be at most.
-// Until then the gradients that an optimizer lets go are page faults of the next step: 3000 of 4 KiB a step of MiniLM
-// on 32 rows (two Zen 5 cores in a virtual machine), 5 to 7 of 130 ms. Thresholds that the user sets stay as they are.
+// Until then the gradients that an optimizer lets go are page faults of the next step. Thresholds that the user sets
+// stay as they are.
 #include <cstdlib>
 
 namespace {

@@ -1,7 +1,7 @@
 """Nested tuples and lists to a flat list of leaves and back.
 
-torch's pytree does the same for anything registered, at four times the cost: a fused block does it eight times a step,
-while the other cores wait.
+torch's pytree does the same for anything registered and costs more; a fused block does it several times a step, while the
+other cores wait.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 LIBRARY = torch.library.Library("fastpt", "DEF")
 
@@ -108,10 +107,16 @@ def _by_dtype(triton: str, reference: Callable) -> Callable:
     kernel = _imported_on_first_call(triton)
 
     def call(*args, **kwargs):
-        is_double = any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in tree_leaves(args))
-        return (reference if is_double else kernel)(*args, **kwargs)
+        return (reference if _has_double(args) else kernel)(*args, **kwargs)
 
     return call
+
+
+def _has_double(args: Any) -> bool:
+    """On every call of a GPU op: no pytree here."""
+    if isinstance(args, torch.Tensor):
+        return args.dtype == torch.float64
+    return isinstance(args, (tuple, list)) and any(_has_double(arg) for arg in args)
 
 
 def _imported_on_first_call(target: str) -> Callable:
