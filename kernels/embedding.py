@@ -59,12 +59,14 @@ def embedding_join(
     goes_on = tl.load(id_ptr + stop, mask=stop < tokens, other=-1) == row
     if goes_on & (began_before == 0) & (row >= 0) & (row < rows) & (row != padding_idx):
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.load(piece_ptr + (2 * chunk + 1) * columns + column, mask=column < columns, other=0.0)
+        total = tl.zeros([BLOCK], tl.float32)
+        piece = 2 * chunk + 1
         while goes_on:
-            chunk += 1
-            total += tl.load(piece_ptr + 2 * chunk * columns + column, mask=column < columns, other=0.0)
+            total += tl.load(piece_ptr + piece * columns + column, mask=column < columns, other=0.0)
             stop = (chunk + 1) * CHUNK
             goes_on = tl.load(id_ptr + stop, mask=stop < tokens, other=-1) == row
+            chunk += 1
+            piece = 2 * chunk
         tl.store(out_ptr + row.to(tl.int64) * columns + column, total, mask=column < columns)
 
 
