@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Gemma2ForCausalLM
 
 from benchmarks.peers import Fastpt, HandWritten, Job, Trl, TrlFused, save_adapter
 from benchmarks.rows import Row
@@ -54,6 +55,8 @@ def losses_of(peer_class, job):
     ("family", "has_adapter"), [("llama", True), ("llama", False), ("qwen3", True), ("gemma2", True)]
 )
 def test_losses_equal_those_of_trl_in_fp32(job_of, family, has_adapter):
+    if family == "gemma2" and Gemma2ForCausalLM._supports_sdpa:
+        pytest.skip("TRL takes this transformers' sdpa, which leaves Gemma 2's softcap out")
     job = job_of(family, has_adapter=has_adapter)
     ours, theirs = losses_of(Fastpt, job), losses_of(Trl, job)
     assert (ours - theirs).abs().max() <= 1e-4

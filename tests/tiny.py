@@ -32,6 +32,8 @@ _DECODER: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+# eager: the sdpa of transformers 5.17 leaves the softcap of the scores out
+_GEMMA2 = {**_GEMMA, "final_logit_softcapping": 5.0, "attn_implementation": "eager"}
 
 # family -> config class, model class, what its config differs in
 _FAMILY: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -39,7 +41,7 @@ _FAMILY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"head_dim": None}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
     "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": 7}),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_GEMMA, "final_logit_softcapping": 5.0}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _GEMMA2),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {"head_dim": None}),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Layout:
     documents: Tensor | None = None  # [B, S], tokens of one packed document share a number
     cu_seqlens: tuple[Tensor, Tensor] | None = None  # as the caller gave them, over the flattened batch
     _packed: list[Layout] = field(default_factory=list)
+    ndim: ClassVar[int] = 4  # as a mask's: what has two dimensions, transformers takes for the padding of rows
 
     def given(self, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> Layout:
         """The same layout with the caller's cumulative lengths, which save looking for documents (kept, all layers ask)."""
@@ -153,12 +154,14 @@ def attention_mask(
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable = masking_utils.causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Layout | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Layout | Tensor | None:
     """The entry "fastpt" of transformers' mask table: a Layout, or the mask of "sdpa" where a Layout cannot say it."""
+    if isinstance(attention_mask, Layout):  # made in advance, by generate()
+        return attention_mask
     pattern = None if use_vmap else _pattern(mask_function)
     is_whole = q_length == kv_length and isinstance(q_offset, int) and q_offset == 0 and kv_offset == 0
     has_fitting_padding = attention_mask is None or tuple(attention_mask.shape) == (batch_size, kv_length)

@@ -279,6 +279,7 @@ def test_a_block_that_computes_something_else_is_left_alone():
         torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11's dynamo asserts on the NamedTuple of a block")
 def test_a_fused_encoder_compiles():
     model, batch = tiny_model("bert"), padded_batch()
     expected = step(model, **batch)

@@ -118,6 +118,10 @@ def _call(name: str, like: ast.AST, *arguments: ast.expr) -> ast.AST:
 class _Rewritten(interpreter.ASTTransformer):
     """Boolean operators, conditions and ranges go through HELPERS."""
 
+    def visit_Assign(self, node):
+        node.value = self.visit(node.value)  # triton 3.6 leaves it as it is
+        return super().visit_Assign(node)
+
     def visit_BoolOp(self, node):
         self.generic_visit(node)
         none = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
