@@ -86,11 +86,11 @@ def swiglu_forward(
     return h, ys, xas
 
 
-def backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants):
+def backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32=True):
     _check(x, weights, lora_a, lora_b)
     flat = _rows(x.reshape(-1, x.shape[-1]))
     grads = [_rows(grad.reshape(len(flat), len(weight))) for grad, weight in zip(grads, weights, strict=True)]
-    dx, *arrays = found = _new_gradients(x, weights, lora_a, lora_b, wants_x, wants)
+    dx, *arrays = found = _new_gradients(x, weights, lora_a, lora_b, wants_x, wants, in_float32)
     if len(flat) == 0:
         for gradient in (gradient for array in arrays for gradient in array):
             gradient.zero_()
@@ -246,20 +246,19 @@ def _new_hidden(x: Tensor, lora_a: Tensor | None) -> Tensor:
     return x.new_empty(len(x), len(lora_a), dtype=x.dtype if lora_a.dtype == x.dtype else torch.float32)
 
 
-def _new_gradients(x, weights, lora_a, lora_b, wants_x, wants):
-    """dx, then lists of dweight, dbias, da and db in float32; empty where not wanted."""
+def _new_gradients(x, weights, lora_a, lora_b, wants_x, wants, in_float32):
+    """dx, then lists of dweight, dbias, da and db in float32, or in their tensors' dtypes but for dbias; empty where not wanted."""
 
-    def new(kind: int, shapes) -> list[Tensor]:
-        wanted = (shape if wants[4 * i + kind] else (0,) for i, shape in enumerate(shapes))
-        return [x.new_empty(shape, dtype=torch.float32) for shape in wanted]
+    def new(kind: int, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        found = []
+        for i, tensor in enumerate(tensors):
+            shape = (0,) if tensor is None or not wants[4 * i + kind] else tensor.shape[: 1 if kind == 1 else 2]
+            is_wide = in_float32 or kind == 1 or tensor is None
+            found.append(x.new_empty(shape, dtype=torch.float32 if is_wide else tensor.dtype))
+        return found
 
-    return (
-        x.new_empty(x.shape if wants_x else (0,)),
-        new(0, [w.shape for w in weights]),
-        new(1, [w.shape[:1] for w in weights]),
-        new(2, [(0,) if a is None else a.shape for a in lora_a]),
-        new(3, [(0,) if b is None else b.shape for b in lora_b]),
-    )
+    dx = x.new_empty(x.shape if wants_x else (0,))
+    return dx, *(new(kind, tensors) for kind, tensors in enumerate((weights, weights, lora_a, lora_b)))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -322,9 +322,10 @@ using Outputs = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::
 Outputs lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::TensorList weights,
                              const OptionalTensors& lora_a, const OptionalTensors& lora_b, at::TensorList xas,
                              at::ArrayRef<double> scales, double dropout_p, at::IntArrayRef seeds, bool wants_x,
-                             const c10::List<bool>& wants) {
+                             const c10::List<bool>& wants, bool in_float32) {
   static const auto reference = reference_of<decltype(lora_linear_backward)>("fastpt::lora_linear_backward");
-  if (!is_native(x)) return reference(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants);
+  if (!is_native(x))
+    return reference(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32);
   const size_t n = weights.size();
   TORCH_CHECK(grads.size() == n && xas.size() == n && wants.size() == 4 * n, "lora_linear_backward: ", grads.size(),
               " gradients, ", xas.size(), " low-rank hiddens and ", wants.size(), " wants for ", n, " weights");
@@ -356,6 +357,11 @@ Outputs lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::Tens
     by_dtype(x, [&]<typename T>() {
       Backward<T>(rows, projections, grads, low, Dropout{dropout_p}, wants_x, wanted, out)();
     });
+  for (size_t i = 0; !in_float32 && i < n; ++i) {
+    out.weights[i] = out.weights[i].to(weights[i].scalar_type());
+    if (const auto a = lora_a.get(i)) out.a[i] = out.a[i].to(a->scalar_type());
+    if (const auto b = lora_b.get(i)) out.b[i] = out.b[i].to(b->scalar_type());
+  }
   return {out.x, out.weights, out.biases, out.a, out.b};
 }
 

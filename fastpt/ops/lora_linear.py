@@ -47,10 +47,15 @@ def reference(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds) -> t
     return ys, xas
 
 
-def reference_backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants):
-    """dx, and per layer dweight, dbias, da and db in float32; what is not wanted is empty."""
+def reference_backward(
+    grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32=True
+):
+    """dx, and per layer dweight, dbias, da and db, sums in float32; what is not wanted is empty.
+
+    Unless in_float32 they are rounded once to their tensors' dtypes, all but dbias.
+    """
     flat = x.reshape(-1, x.shape[-1])
-    dx, *arrays = _gradients(x, weights, lora_a, lora_b, wants_x, wants)
+    dx, *arrays = _gradients(x, weights, lora_a, lora_b, wants_x, wants, in_float32)
     dx_sum = torch.zeros_like(flat, dtype=torch.promote_types(x.dtype, torch.float32))
     for i, (weight, a, b) in enumerate(zip(weights, lora_a, lora_b, strict=True)):
         dweight, dbias, da, db = (array[i] for array in arrays)
@@ -74,23 +79,20 @@ def reference_backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p
     return dx.copy_(dx_sum.view(x.shape)) if wants_x else dx, *arrays
 
 
-def _gradients(x, weights, lora_a, lora_b, wants_x, wants) -> tuple[Any, ...]:
+def _gradients(x, weights, lora_a, lora_b, wants_x, wants, in_float32) -> tuple[Any, ...]:
     """Where the gradients go: dx, then lists of dweight, dbias, da, db; empty when not wanted."""
-
-    def arrays(kind: int, shapes: Sequence[tuple[int, ...] | None], dtype: torch.dtype) -> list[Tensor]:
-        return [
-            x.new_empty(shape if shape is not None and wants[4 * i + kind] else (0,), dtype=dtype)
-            for i, shape in enumerate(shapes)
-        ]
-
     wide = torch.promote_types(x.dtype, torch.float32)
-    return (
-        x.new_empty(x.shape if wants_x else (0,)),
-        arrays(0, [w.shape for w in weights], wide),
-        arrays(1, [w.shape[:1] for w in weights], wide),
-        arrays(2, [None if a is None else a.shape for a in lora_a], wide),
-        arrays(3, [None if b is None else b.shape for b in lora_b], wide),
-    )
+
+    def arrays(kind: int, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        found = []
+        for i, tensor in enumerate(tensors):
+            shape = (0,) if tensor is None or not wants[4 * i + kind] else tensor.shape[: 1 if kind == 1 else 2]
+            is_wide = in_float32 or kind == 1 or tensor is None
+            found.append(x.new_empty(shape, dtype=wide if is_wide else tensor.dtype))  # type: ignore[union-attr]
+        return found
+
+    dx = x.new_empty(x.shape if wants_x else (0,))
+    return dx, *(arrays(kind, tensors) for kind, tensors in enumerate((weights, weights, lora_a, lora_b)))
 
 
 def _fake(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds):
@@ -99,8 +101,10 @@ def _fake(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds):
     return ys, [x.new_empty(tokens, 0 if a is None else len(a), dtype=_low_dtype(x, a)) for a in lora_a]
 
 
-def _fake_backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants):
-    return _gradients(x, weights, lora_a, lora_b, wants_x, wants)
+def _fake_backward(
+    grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32=True
+):
+    return _gradients(x, weights, lora_a, lora_b, wants_x, wants, in_float32)
 
 
 def reference_swiglu(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds):
@@ -127,14 +131,16 @@ def _cost(x, weights, biases, lora_a, lora_b, *_):
     return Cost(nbytes(x, *weights, *biases, *lora_a, *lora_b), nbytes(*ys, *xas), 2 * tokens * parameters)
 
 
-def _cost_backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants):
+def _cost_backward(
+    grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32=True
+):
     tokens, products = x.numel() // max(1, x.shape[-1]), 0
     for i, (weight, a, b) in enumerate(zip(weights, lora_a, lora_b, strict=True)):
         _, _, wants_a, wants_b = wants[4 * i : 4 * i + 4]
         products += (wants_x + wants[4 * i]) * weight.numel()
         if a is not None:
             products += (wants_x + wants_a) * a.numel() + ((wants_x or wants_a) + wants_b) * b.numel()
-    dx, *arrays = _gradients(x, weights, lora_a, lora_b, wants_x, wants)
+    dx, *arrays = _gradients(x, weights, lora_a, lora_b, wants_x, wants, in_float32)
     written = nbytes(dx, *(t for array in arrays for t in array))
     return Cost(nbytes(*grads, x, *weights, *lora_a, *lora_b, *xas), written, 2 * tokens * products)
 
@@ -149,7 +155,7 @@ forward = register(
 )
 backward = register(
     "lora_linear_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor?[] lora_a, Tensor?[] lora_b, Tensor[] xas, "
-    "float[] scales, float dropout_p, int[] seeds, bool wants_x, bool[] wants) "
+    "float[] scales, float dropout_p, int[] seeds, bool wants_x, bool[] wants, bool in_float32=True) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[])",
     reference=reference_backward,
     fake=_fake_backward,
@@ -182,6 +188,14 @@ class Layer(NamedTuple):
         return self.weight, self.bias, self.lora_a, self.lora_b
 
 
+def takes_float32(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether one of them takes its gradient wider than it is itself (`Tensor.grad_dtype`), which a trace cannot tell."""
+    if torch.compiler.is_compiling():
+        return True
+    narrow = (t for t in tensors if t is not None and t.requires_grad and t.dtype.itemsize < 4)
+    return any(t.is_leaf and t.grad_dtype != t.dtype for t in narrow)
+
+
 def layer_gradients(grads: tuple, wants: Sequence[bool]) -> list[Tensor | None]:
     """The raw backward's lists in the order of the layers' tensors, None where not wanted."""
     lists = grads[1:]
@@ -194,7 +208,7 @@ class _LoraLinear(torch.autograd.Function):
         weights, biases, lora_a, lora_b = (tensors[i::4] for i in range(4))
         ys, xas = forward(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds)
         ctx.save_for_backward(x, *weights, *lora_a, *lora_b, *xas)
-        ctx.scalars = scales, dropout_p, seeds
+        ctx.scalars, ctx.in_float32 = (scales, dropout_p, seeds), takes_float32(tensors)
         return tuple(ys)
 
     @staticmethod
@@ -204,7 +218,7 @@ class _LoraLinear(torch.autograd.Function):
         n = len(saved) // 4
         weights, lora_a, lora_b, xas = (saved[i * n : (i + 1) * n] for i in range(4))
         wants_x, wants = ctx.needs_input_grad[0], list(ctx.needs_input_grad[4:])
-        found = backward(grads, x, weights, lora_a, lora_b, xas, *ctx.scalars, wants_x, wants)
+        found = backward(grads, x, weights, lora_a, lora_b, xas, *ctx.scalars, wants_x, wants, ctx.in_float32)
         return found[0] if wants_x else None, None, None, None, *layer_gradients(found, wants)
 
 
@@ -214,7 +228,7 @@ class _LoraSwiglu(torch.autograd.Function):
         weights, biases, lora_a, lora_b = (tensors[i::4] for i in range(4))
         h, ys, xas = forward_swiglu(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds)
         ctx.save_for_backward(x, *weights, *lora_a, *lora_b, *xas, *ys)
-        ctx.scalars = scales, dropout_p, seeds
+        ctx.scalars, ctx.in_float32 = (scales, dropout_p, seeds), takes_float32(tensors)
         return h
 
     @staticmethod
@@ -224,7 +238,7 @@ class _LoraSwiglu(torch.autograd.Function):
         weights, lora_a, lora_b, xas, ys = (saved[i : i + 2] for i in range(0, 10, 2))
         wants_x, wants = ctx.needs_input_grad[0], list(ctx.needs_input_grad[4:])
         grads = torch.ops.fastpt.swiglu_backward(grad, *ys)
-        found = backward(grads, x, weights, lora_a, lora_b, xas, *ctx.scalars, wants_x, wants)
+        found = backward(grads, x, weights, lora_a, lora_b, xas, *ctx.scalars, wants_x, wants, ctx.in_float32)
         return found[0] if wants_x else None, None, None, None, *layer_gradients(found, wants)
 
 
