@@ -54,8 +54,14 @@ class Bars:
         default_factory=dict
     )  # least on sm_90 and sm_100 where it is more than that
     tensor_cores: tuple[str, ...] = ()  # bound by dots: tensor cores on every architecture, HGMMA on sm_90
+    gemms: tuple[str, ...] = ()  # of `tensor_cores`, plain products of large matrices: operands count once a launch, as do
+    # those of the torch GEMMs that peers call. Attention is none: the published figures count its tiles' reads.
     small_dots: tuple[str, ...] = ()  # dots too small for HGMMA (m64): tensor cores of any kind, and it streams
     not_streaming: Mapping[str, str] = field(default_factory=dict)  # too little work to be held to bytes in flight: why
+
+    def __post_init__(self) -> None:
+        if not set(self.gemms) <= set(self.tensor_cores):
+            raise ValueError(f"gemms {self.gemms} must be held to tensor cores, which are {self.tensor_cores}")
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,8 @@ def _record(case: Case, provider: str, function: Callable) -> dict[str, Any]:
     floors = case.floor(*inputs.args, **inputs.kwargs)
     product = case.flops(*inputs.args, **inputs.kwargs) if case.flops else None
     exact = _exact_gradients(case, inputs)  # before: a peer may overwrite its inputs
-    first, second, gradients, saved_beyond = metered(
-        function, inputs, TritonServes() if provider == OURS else nullcontext()
-    )
+    serving = TritonServes() if provider == OURS else nullcontext()
+    first, second, gradients, saved_beyond = metered(function, inputs, serving, case.bars.gemms)
     moved = first.moved, second.moved
     return {
         "case": case.name,
@@ -52,6 +51,7 @@ def _record(case: Case, provider: str, function: Callable) -> dict[str, Any]:
         "forward": moved[0] / floors[0],
         "backward": moved[1] / floors[1] if floors[1] else None,
         "together": sum(moved) / sum(floors),
+        "by_tile": sum(t.moved_by_tile for t in (first, second)) / sum(floors),
         "once": sum(t.moved_once for t in (first, second)) / sum(floors),
         "launches": (first.launches, second.launches),
         "triton_launches": (first.triton_launches, second.triton_launches),
@@ -67,13 +67,15 @@ def _record(case: Case, provider: str, function: Callable) -> dict[str, Any]:
     }
 
 
-def metered(function: Callable, inputs: Inputs, serving) -> tuple[Traffic, Traffic, list[Tensor | None], int]:
+def metered(
+    function: Callable, inputs: Inputs, serving, gemms: tuple[str, ...] = ()
+) -> tuple[Traffic, Traffic, list[Tensor | None], int]:
     """The traffic of forward and of backward, the gradients, and the bytes saved for them beyond inputs and outputs."""
-    with Meter() as first, serving:
+    with Meter(gemms) as first, serving:
         outputs = calls.forward(function, inputs)
     saved_beyond = first.saved_beyond(outputs)
     incoming = calls.random_like(outputs)
-    with Meter() as second, serving:
+    with Meter(gemms) as second, serving:
         gradients = calls.backward(outputs, inputs, incoming)
     return first.traffic(), second.traffic(), gradients, saved_beyond
 

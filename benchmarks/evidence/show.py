@@ -69,7 +69,7 @@ def _compilation(records: list[Record]) -> Table:
 
 def _traffic(records: list[Record]) -> Table:
     table = _table(
-        "Traffic, in the interpreter, bf16: bytes moved over the floor (each input once, each output once, no cache)",
+        "Traffic, in the interpreter, bf16: bytes moved over the floor (each input once, each output once, no cache but a GEMM's)",
         "case", "of", "forward", "backward", "together", "launches", "host syncs", "multiply-adds", "saved new MiB",
         "extra peak MiB", "gradient error", "note",
         left=2,
@@ -80,7 +80,8 @@ def _traffic(records: list[Record]) -> Table:
             if "absent" in r:
                 table.add_row(title, r["provider"], *[""] * 9, r["absent"][:60])
             else:
-                table.add_row(title, r["provider"], *_traffic_cells(r), "")
+                note = f"{r['by_tile']:.2f} with what GEMM tiles read" if r["by_tile"] > r["together"] else ""
+                table.add_row(title, r["provider"], *_traffic_cells(r), note)
         for peer in PUBLISHED.get(name, ("", []))[1]:
             table.add_row(
                 "", f"{peer.name} *", f"{peer.forward:.2f}", f"{peer.backward:.2f}", f"{peer.together:.2f}",

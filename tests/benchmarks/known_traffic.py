@@ -60,8 +60,8 @@ def runs_over(x, y, B: tl.constexpr):
     tl.store(y + at, tl.load(x + at))
 
 
-def metered(kernel, grid, *args):
-    with Meter() as meter:
+def metered(kernel, grid, *args, gemms=()):
+    with Meter(gemms) as meter:
         kernel[grid](*args)
     return meter.traffic(), meter.by_tensor
 
@@ -93,6 +93,10 @@ def test_dots_and_atomics():
     a, b, c = torch.randn(32, 16), torch.randn(16, 64), torch.empty(32, 64)
     traffic, _ = metered(multiplies, (1,), a, b, c, 32, 64, 16)
     assert (traffic.dot_flops, traffic.loaded) == (2 * 32 * 64 * 16, nbytes(a, b))
+    for gemms, read in (((), 3), (("multiplies",), 1), (("copies",), 3)):  # three tiles of the same operands
+        traffic, _ = metered(multiplies, (3,), a, b, c, 32, 64, 16, gemms=gemms)
+        assert traffic.moved == read * nbytes(a, b) + 3 * nbytes(c)
+        assert traffic.moved_by_tile == 3 * nbytes(a, b, c)
     traffic, _ = metered(adds_atomically, (8,), torch.randn(1000), torch.zeros(1), 1000, 128)
     assert traffic.atomic == 32
     assert traffic.moved == 4000 + 2 * 32

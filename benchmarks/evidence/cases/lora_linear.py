@@ -140,6 +140,7 @@ def case(
             backward=bars[1],
             launches=launches,
             tensor_cores=LARGE_DOTS,
+            gemms=LARGE_DOTS,  # the peers call torch's GEMMs for these
             small_dots=SMALL_DOTS,
             not_streaming=NOT_STREAMING,
         ),

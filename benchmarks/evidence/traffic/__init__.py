@@ -5,13 +5,15 @@
     meter.traffic().moved / nbytes(x, w, y)
 
 TRITON_INTERPRET=1 must be set before triton is imported. "Moved" is without any cache: every active lane of every load and
-store, an atomic twice (a read and a write), and what torch ops between the kernels read and write. The truth on a GPU lies
-between that and `moved_once`, where a launch reads and writes each byte of a tensor once at most.
+store, an atomic twice (a read and a write), and what torch ops between the kernels read and write, of which a GEMM counts
+each operand once. A kernel named to the meter as a GEMM is counted like torch's; `moved_by_tile` is without that. The truth
+on a GPU lies between this and `moved_once`, where every launch reads and writes each byte of a tensor once at most.
 """
 
 from __future__ import annotations
 
 import collections
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +43,7 @@ class Traffic:
     torch_read: int
     torch_written: int
     moved_once: int
+    read_by_tiles: int  # by the tiles of a GEMM beyond each operand once; in `loaded`, not in `moved`
     dot_flops: int
     torch_flops: int
     peak_extra: int
@@ -54,8 +57,12 @@ class Traffic:
         return self.triton_launches + self.torch_launches
 
     @property
-    def moved(self) -> int:
+    def moved_by_tile(self) -> int:
         return self.loaded + self.stored + 2 * self.atomic + self.torch_read + self.torch_written
+
+    @property
+    def moved(self) -> int:
+        return self.moved_by_tile - self.read_by_tiles
 
     @property
     def flops(self) -> int:
@@ -63,9 +70,13 @@ class Traffic:
 
 
 class Meter:
-    """A context that counts. One at a time; kernels with lanes outside their tensors raise IndexError before the access."""
+    """A context that counts. One at a time; kernels with lanes outside their tensors raise IndexError before the access.
 
-    def __init__(self) -> None:
+    `gemms` are names of kernels that multiply two large matrices by tiles.
+    """
+
+    def __init__(self, gemms: Collection[str] = ()) -> None:
+        self.gemms = gemms
         self.counts: collections.Counter[str] = collections.Counter()
         self.by_tensor: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         self.kernels: collections.Counter[str] = collections.Counter()
@@ -121,6 +132,8 @@ class Meter:
             storage.close(self._first_program)
             self.by_tensor[storage.name].update(storage.counts)
             self.counts.update(storage.counts)
+            if self._kernel in self.gemms:
+                self.counts["read by tiles"] += storage.counts["load"] - storage.counts["loaded once"]
         self._storages = []
 
     def saved_beyond(self, outputs: list[Tensor]) -> int:
@@ -140,6 +153,7 @@ class Meter:
             torch_read=ops["read"],
             torch_written=ops["written"],
             moved_once=counts["loaded once"] + counts["stored once"] + ops["read"] + ops["written"],
+            read_by_tiles=counts["read by tiles"],
             dot_flops=counts["flops"],
             torch_flops=ops["flops"],
             peak_extra=self.memory.peak,
