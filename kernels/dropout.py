@@ -34,6 +34,13 @@ def seed_halves(first, second, third):
 
 
 @triton.jit
+def keys_of(rows, seed_words, i: tl.constexpr):
+    """row_keys of the i-th of the seeds whose `words` these are."""
+    seed = seed_halves(seed_words[3 * i], seed_words[3 * i + 1], seed_words[3 * i + 2])
+    return row_keys(tl.cast(rows, tl.int64), seed[0], seed[1])
+
+
+@triton.jit
 def is_kept(keys, column, threshold):
     """Whether a value stays, for blocks of keys and columns (int32) that broadcast against each other."""
     return mix_bits(keys ^ (tl.cast(column, tl.uint32) * 0x9E3779B9)) >= tl.cast(threshold, tl.uint32)

@@ -202,7 +202,7 @@ TABLE: dict[str, dict[int, Entries]] = {
     },
     "lora_input_grad": {
         80: [
-            (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 4, "stages": 4}),
+            (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 8, "stages": 4}),
             (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
         ],
         90: [
@@ -210,29 +210,59 @@ TABLE: dict[str, dict[int, Entries]] = {
             (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
         ],
         120: [
-            (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 4, "stages": 4}),
+            (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 8, "stages": 4}),
             (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
         ],
     },
-    "lora_hidden": {
+    "lora_input_grad_dropout": {
         80: [
-            (64, {"rows": 64, "depth": 64, "warps": 4, "stages": 4}),
-            (192, {"rows": 64, "depth": 32, "warps": 4, "stages": 4}),
-            (1 << 62, {"rows": 64, "depth": 32, "warps": 8, "stages": 3}),
+            (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
         ],
         90: [
-            (192, {"rows": 64, "depth": 64, "warps": 4, "stages": 4}),
-            (1 << 62, {"rows": 64, "depth": 32, "warps": 8, "stages": 3}),
+            (2, {"rows": 128, "columns": 64, "depth": 64, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
         ],
         120: [
-            (64, {"rows": 64, "depth": 64, "warps": 8, "stages": 4}),
-            (192, {"rows": 64, "depth": 64, "warps": 8, "stages": 3}),
-            (1 << 62, {"rows": 64, "depth": 32, "warps": 8, "stages": 3}),
+            (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
+        ],
+    },
+    # 32 rows, so that 4096 tokens give every processor a program.
+    "lora_hidden": {
+        80: [
+            (32, {"rows": 32, "depth": 256, "warps": 8, "stages": 4}),
+            (64, {"rows": 32, "depth": 128, "warps": 4, "stages": 5}),
+            (96, {"rows": 32, "depth": 128, "warps": 8, "stages": 4}),
+            (192, {"rows": 32, "depth": 64, "warps": 8, "stages": 5}),
+            (1 << 62, {"rows": 32, "depth": 32, "warps": 4, "stages": 7}),
+        ],
+        120: [
+            (32, {"rows": 32, "depth": 256, "warps": 8, "stages": 4}),
+            (64, {"rows": 32, "depth": 64, "warps": 4, "stages": 6}),
+            (96, {"rows": 32, "depth": 128, "warps": 8, "stages": 4}),
+            (192, {"rows": 32, "depth": 64, "warps": 8, "stages": 5}),
+            (1 << 62, {"rows": 32, "depth": 32, "warps": 4, "stages": 7}),
+        ],
+    },
+    "lora_hidden_dropout": {
+        80: [
+            (192, {"rows": 32, "depth": 64, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 32, "depth": 32, "warps": 4, "stages": 7}),
+        ],
+        100: [
+            (192, {"rows": 32, "depth": 64, "warps": 8, "stages": 7}),
+            (1 << 62, {"rows": 32, "depth": 32, "warps": 4, "stages": 7}),
+        ],
+        120: [
+            (192, {"rows": 32, "depth": 64, "warps": 8, "stages": 4}),
+            (1 << 62, {"rows": 32, "depth": 32, "warps": 4, "stages": 7}),
         ],
     },
     "lora_hidden_grad": {
         80: [
-            (64, {"rows": 128, "columns": 128, "depth": 64, "warps": 8, "stages": 3}),
+            (32, {"rows": 128, "columns": 128, "depth": 64, "warps": 8, "stages": 3}),
+            (64, {"rows": 64, "columns": 128, "depth": 64, "warps": 8, "stages": 3}),
             (192, {"rows": 64, "columns": 128, "depth": 32, "warps": 8, "stages": 3}),
             (1 << 62, {"rows": 32, "columns": 64, "depth": 32, "warps": 4, "stages": 2}),
         ],
@@ -242,7 +272,8 @@ TABLE: dict[str, dict[int, Entries]] = {
             (1 << 62, {"rows": 32, "columns": 64, "depth": 32, "warps": 4, "stages": 2}),
         ],
         120: [
-            (64, {"rows": 128, "columns": 128, "depth": 64, "warps": 8, "stages": 3}),
+            (32, {"rows": 128, "columns": 128, "depth": 64, "warps": 8, "stages": 3}),
+            (64, {"rows": 64, "columns": 128, "depth": 64, "warps": 8, "stages": 3}),
             (192, {"rows": 64, "columns": 128, "depth": 32, "warps": 8, "stages": 3}),
             (1 << 62, {"rows": 32, "columns": 64, "depth": 32, "warps": 4, "stages": 2}),
         ],
@@ -259,6 +290,20 @@ TABLE: dict[str, dict[int, Entries]] = {
         ],
         120: [
             (64, {"rows": 64, "columns": 128, "warps": 4, "stages": 3}),
+            (192, {"rows": 32, "columns": 128, "warps": 8, "stages": 3}),
+            (1 << 62, {"rows": 32, "columns": 64, "warps": 4, "stages": 2}),
+        ],
+    },
+    "lora_a_grad_dropout": {
+        80: [
+            (192, {"rows": 32, "columns": 128, "warps": 8, "stages": 3}),
+            (1 << 62, {"rows": 32, "columns": 64, "warps": 4, "stages": 2}),
+        ],
+        90: [
+            (192, {"rows": 32, "columns": 128, "warps": 8, "stages": 6}),
+            (1 << 62, {"rows": 32, "columns": 64, "warps": 4, "stages": 2}),
+        ],
+        120: [
             (192, {"rows": 32, "columns": 128, "warps": 8, "stages": 3}),
             (1 << 62, {"rows": 32, "columns": 64, "warps": 4, "stages": 2}),
         ],

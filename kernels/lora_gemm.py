@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dropout import is_kept, row_keys, seed_halves
+from .dropout import is_kept, keys_of
 
 
 @triton.jit
@@ -176,8 +176,7 @@ def lora_input_grad(grads, weights, lora_a, dxa_ptr, dx_ptr, T, D, outs, ranks, 
         else:
             low = tl.zeros((BM, BN), dtype=tl.float32)
             low = _add_low_rank(low, dxa, dxa_stride, lora_a[i], D, 1, rows, columns, T, D, ranks[i], BR, IS_WIDE)
-            seed = seed_halves(seed_words[3 * i], seed_words[3 * i + 1], seed_words[3 * i + 2])
-            keys = row_keys(tl.cast(rows, tl.int64), seed[0], seed[1])
+            keys = keys_of(rows, seed_words, i)
             acc += tl.where(is_kept(keys[:, None], columns[None, :], THRESHOLD), low * keep_scale, 0.0)
     for i in tl.static_range(N):
         acc = _add_product(acc, grads[i], grad_strides[i], 1, weights[i], w_strides[i], w_steps[i], row, column, T, D,

@@ -39,6 +39,10 @@ class Adapters(NamedTuple):
         drawn = words([seeds[i] for i in at]) if dropout_p > 0 else ()
         return cls(at, ranks, tuple(accumulate(ranks, initial=0)), *rule(dropout_p, 0)[2:], drawn)
 
+    def launch(self, kernel: str, size: int, device: torch.device) -> Launch:
+        """Drawing masks takes registers: smaller tiles."""
+        return choose(f"{kernel}_dropout" if self.threshold != 0 else kernel, size, device)
+
 
 class Sum(NamedTuple):
     """out = scale * the first `size` values of `count` arrays `stride` apart; rows of `width` go `out_stride` apart."""
@@ -110,7 +114,7 @@ def _hiddens(x: Tensor, lora_a: Sequence[Tensor], xas: Sequence[Tensor], group: 
     packed = lora_a[0].contiguous() if len(lora_a) == 1 else torch.cat(list(lora_a))
     (tokens, width), total = x.shape, len(packed)
     block = _rank_block(total)
-    launch = choose("lora_hidden", block * _weight(x, [packed]), x.device)
+    launch = group.launch("lora_hidden", block * _weight(x, [packed]), x.device)
     lora_hidden[(triton.cdiv(tokens, launch.rows), triton.cdiv(total, block))](
         x, packed, tuple(xas), tokens, width, total, group.places, group.ranks, x.stride(0), group.words, group.keep,
         N=len(lora_a), THRESHOLD=group.threshold, BM=launch.rows, BK=launch.depth, BR=block, **_warps(launch),
@@ -146,7 +150,7 @@ def _gated(x: Tensor, weights, biases, lora_b, xas, scales, ys: Sequence[Tensor]
 def _input_grad(grads, weights, lora_a, dxa: Tensor | None, group: Adapters, dx: Tensor) -> None:
     """dx = the sum over the layers of dropout_i(dxa_i a_i) + dy_i w_i."""
     tokens, width = len(grads[0]), weights[0].shape[1]
-    launch = choose("lora_input_grad", dx.element_size(), dx.device)
+    launch = group.launch("lora_input_grad", dx.element_size(), dx.device)
     outs = tuple(len(weight) for weight in weights)
     lora_input_grad[(triton.cdiv(tokens, launch.rows) * triton.cdiv(width, launch.columns),)](
         tuple(grads), tuple(weights), tuple(lora_a[i].contiguous() for i in group.at), dxa, dx, tokens, width, outs, group.ranks,
@@ -207,7 +211,7 @@ def _a_grads(x: Tensor, dxa: Tensor | None, group: Adapters, das) -> None:
         return
     (tokens, width), total = x.shape, dxa.shape[1]
     block = _rank_block(total)
-    launch = choose("lora_a_grad", block * _weight(x, [dxa]), x.device)
+    launch = group.launch("lora_a_grad", block * _weight(x, [dxa]), x.device)
     chunk, chunks = _chunks(tokens, triton.cdiv(width, launch.columns), launch, x.device)
     parts = torch.empty(chunks, total, width, dtype=torch.float32, device=x.device)
     lora_a_grad[(triton.cdiv(width, launch.columns), chunks, triton.cdiv(total, block))](

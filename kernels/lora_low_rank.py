@@ -8,8 +8,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dropout import is_kept, row_keys, seed_halves
+from .dropout import is_kept, keys_of
 from .lora_gemm import product
+
+
+@triton.jit
+def _dropped(x, rows, columns, seed_words, i: tl.constexpr, THRESHOLD: tl.constexpr):
+    """What dropout leaves of a tile of x for adapter i."""
+    kept = is_kept(keys_of(rows, seed_words, i)[:, None], columns[None, :], THRESHOLD)
+    return tl.where(kept, x.to(tl.float32), 0.0).to(x.dtype)
+
+
+@triton.jit
+def _only(low, at, places, i: tl.constexpr):
+    """Adapter i's columns of the packed low-rank tile, the others zero."""
+    own = (at >= places[i]) & (at < places[i + 1])
+    return tl.where(own[None, :], low.to(tl.float32), 0.0).to(low.dtype)
 
 
 @triton.jit
@@ -31,11 +45,7 @@ def lora_hidden(x_ptr, a_ptr, xas, T, D, R, places, ranks, x_stride, seed_words,
             acc = product(x, a, acc)
         else:
             for i in tl.static_range(N):
-                seed = seed_halves(seed_words[3 * i], seed_words[3 * i + 1], seed_words[3 * i + 2])
-                keys = row_keys(tl.cast(rows, tl.int64), seed[0], seed[1])
-                kept = tl.where(is_kept(keys[:, None], columns[None, :], THRESHOLD), x.to(tl.float32), 0.0).to(x.dtype)
-                own = (at >= places[i]) & (at < places[i + 1])
-                acc = product(kept, tl.where(own[None, :], a.to(tl.float32), 0.0).to(a.dtype), acc)
+                acc = product(_dropped(x, rows, columns, seed_words, i, THRESHOLD), _only(a, at, places, i), acc)
     acc *= keep_scale
     for i in tl.static_range(N):
         own = (at >= places[i]) & (at < places[i + 1])
@@ -99,11 +109,8 @@ def lora_a_grad(x_ptr, dxa_ptr, da_ptr, T, D, R, chunk, places, x_stride, seed_w
             acc = product(tl.trans(x), dxa, acc)
         else:
             for i in tl.static_range(N):
-                seed = seed_halves(seed_words[3 * i], seed_words[3 * i + 1], seed_words[3 * i + 2])
-                keys = row_keys(tl.cast(rows, tl.int64), seed[0], seed[1])
-                kept = tl.where(is_kept(keys[:, None], columns[None, :], THRESHOLD), x.to(tl.float32), 0.0).to(x.dtype)
-                own = (at >= places[i]) & (at < places[i + 1])
-                acc = product(tl.trans(kept), tl.where(own[None, :], dxa.to(tl.float32), 0.0).to(dxa.dtype), acc)
+                kept = _dropped(x, rows, columns, seed_words, i, THRESHOLD)
+                acc = product(tl.trans(kept), _only(dxa, at, places, i), acc)
     to = da_ptr + tl.program_id(1).to(tl.int64) * R * D + at[None, :] * D + columns[:, None]
     tl.store(to, acc * keep_scale, mask=(columns < D)[:, None] & (at < R)[None, :])
 

@@ -51,12 +51,12 @@ def peft_mlp(x: Tensor, *tensors: Tensor) -> Tensor:
 
 
 def inputs(
-    make: Make, name: str, tokens: int, widths: Sequence[tuple[int, int, int]], adapters=None, **options
+    make: Make, name: str, tokens: int, widths: Sequence[tuple[int, int, int]], adapters=None, dtype=None, **options
 ) -> Inputs:
     """Of layers of (in, out, rank); the weights are frozen."""
-    tensors = [make(tokens, widths[0][0], grad=True)]
+    tensors = [make(tokens, widths[0][0], grad=True, dtype=dtype)]
     for width, out, rank in widths:
-        tensors.append(make(out, width, scale=width**-0.5))
+        tensors.append(make(out, width, scale=width**-0.5, dtype=dtype))
         tensors.append(make(rank, width, scale=width**-0.5, grad=True, dtype=adapters))
         tensors.append(make(out, rank, grad=True, dtype=adapters))
     return Inputs(name, tuple(tensors), options)
@@ -76,6 +76,7 @@ def real_group(make: Make) -> Iterator[Inputs]:
     yield inputs(make, "q, k, v of Llama-3.1-8B, 4096 tokens", 4096, qkv)
     yield inputs(make, "the same, float32 adapters, dropout", 4096, qkv, torch.float32, dropout_p=DROPOUT)
     yield inputs(make, "rank 64, float32 adapters", 4096, [(4096, 4096, 64)], torch.float32)
+    yield inputs(make, "all in float32, dropout", 4096, qkv, torch.float32, torch.float32, dropout_p=DROPOUT)
 
 
 def traffic_group(make: Make) -> Inputs:
@@ -107,6 +108,7 @@ def numbers_mlp(make: Make) -> Iterator[Inputs]:
 def real_mlp(make: Make) -> Iterator[Inputs]:
     yield inputs(make, "the MLP of Llama-3.1-8B, 4096 tokens", 4096, widths_of_mlp(4096, 14336))
     yield inputs(make, "the same, float32 adapters", 4096, widths_of_mlp(4096, 14336), torch.float32)
+    yield inputs(make, "all in float32", 4096, widths_of_mlp(4096, 14336), torch.float32, torch.float32)
 
 
 def traffic_mlp(make: Make) -> Inputs:
