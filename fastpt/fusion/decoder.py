@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fastpt.fusion.layout import Layout
-from fastpt.fusion.pieces import Activation, Attention, Heads, Linears, Norm, keep, kept, product_dtype, raw
+from fastpt.fusion.pieces import (
+    Activation, Attention, Heads, Linears, Norm, gate_and_up, keep, kept, product_dtype, raw,
+)  # fmt: skip
 from fastpt.fusion.tree import tree_flatten, tree_unflatten
 
 # The last piece, whose inner width is the largest, goes by so many tokens: what it needs for a moment does not grow with
@@ -173,8 +175,8 @@ def output_norm_mlp(attended: Tensor, residual: Tensor, w: OutputMLP) -> tuple[T
     (y,), output_low = w.output.forward(attended)
     y, output = _normed(y, w.after_attention)
     normed, s, s_rstd = w.norm.add_forward(y, residual)
-    gate_up, gate_up_low = w.gate_up.forward(normed.to(attended.dtype))
-    (y,), down_low = w.down.forward(w.activation.forward(*_gate_and_up(gate_up)))
+    inner, gate_up, gate_up_low = w.gate_up.gated_forward(normed.to(attended.dtype), w.activation)
+    (y,), down_low = w.down.forward(inner)
     y, down = _normed(y, w.after_mlp)
     return s + y, SavedMLP(output_low, output, s, s_rstd, gate_up, gate_up_low, down_low, down)
 
@@ -185,7 +187,7 @@ def output_norm_mlp_backward(
     """Gradients of attended [T, H * K] and of the residual [T, D], and those of the weights."""
     dtype = attended.dtype
     dy, after_mlp = _normed_backward(grad.to(dtype), w.after_mlp, saved.down, wants.after_mlp)
-    gate, up = _gate_and_up(saved.gate_up)
+    gate, up = gate_and_up(saved.gate_up)
     dinner, down = w.down.backward([dy], w.activation.forward(gate, up), saved.down_low, wants.down)
     grads: tuple[Tensor, ...] = w.activation.backward(dinner, gate, up)
     if len(w.gate_up.layers) == 1:
@@ -208,11 +210,6 @@ def _joined(parts: list[tuple[Tensor, Tensor, OutputMLP]]) -> tuple[Tensor, Tens
         None if grads[0] is None else sum(grads) for grads in zip(*(tree_flatten(one)[0] for one in found), strict=True)
     ]
     return torch.cat(dattended), torch.cat(ds), tree_unflatten(added, tree_flatten(found[0])[1])
-
-
-def _gate_and_up(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
-    return gate, up
 
 
 def _normed(y: Tensor, norm: Norm | None) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -54,8 +54,14 @@ class Linears(NamedTuple):
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs, and the low-rank hiddens that backward needs."""
-        weights, biases, lora_a, lora_b, scales = zip(*self.layers, strict=True)
-        return raw.lora_linear(x, weights, biases, lora_a, lora_b, scales, self.dropout_p, self.seeds)
+        return raw.lora_linear(x, *zip(*self.layers, strict=True), self.dropout_p, self.seeds)
+
+    def gated_forward(self, x: Tensor, activation: Activation) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The activation of gate and up, these (in one tensor where one layer makes both), and the low-rank hiddens."""
+        if activation.name == "silu" and len(self.layers) == 2:  # a GPU forms it as the products are stored
+            return raw.lora_swiglu(x, *zip(*self.layers, strict=True), self.dropout_p, self.seeds)
+        outputs, low = self.forward(x)
+        return activation.forward(*gate_and_up(outputs)), outputs, low
 
     def backward(
         self, grads: Sequence[Tensor], x: Tensor, low: Sequence[Tensor], wants: Linears, wants_x: bool = True
@@ -87,6 +93,11 @@ class Activation(NamedTuple):
         if self.name == "silu":
             return raw.swiglu_backward(grad, gate, up)
         return raw.geglu_backward(grad, gate, up, APPROXIMATIONS[self.name])
+
+
+def gate_and_up(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
+    return gate, up
 
 
 class Heads(NamedTuple):

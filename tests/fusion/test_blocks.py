@@ -1,8 +1,11 @@
 """A fused model computes what the same model computes unfused: outputs, losses and every gradient, family by family."""
 
+from collections import Counter
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpt
 from fastpt.fusion.blocks import Recipe
@@ -144,6 +147,46 @@ def test_bfloat16_is_no_worse_than_unfused(family):
         got = model(input_ids=ids).logits
         assert fused_blocks(handle) == 2
     assert_not_worse(got, eager, truth)
+
+
+def test_bfloat16_gradients_are_no_worse_than_unfused():
+    """Of float32 adapters beside a bfloat16 base, as PEFT makes them."""
+    model, ids = adapted("llama", "lora").to(torch.bfloat16), tokens(2, 40)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    exact = adapted("llama", "lora").double()
+    exact.load_state_dict(model.state_dict())
+    truth, eager = (step(one, input_ids=ids, labels=ids) for one in (exact, model))
+    with fastpt.fuse(model) as handle:
+        got = step(model, input_ids=ids, labels=ids)
+        assert fused_blocks(handle) == 2
+    for a, b, c in zip(got, eager, truth, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - c).norm() <= 2 * (b - c).norm() + 1e-3 * c.norm()
+
+
+class Calls(TorchDispatchMode):
+    """How often each op is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found[func.name()] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", 2), ("phi3", 0), ("gemma2", 0)])
+def test_gate_up_and_their_activation_are_one_op(family, expected):
+    """But where one layer makes both, or the activation is another."""
+    model, ids = adapted(family, "lora"), tokens(1, 12)
+    with fastpt.fuse(model), Calls() as calls:
+        model(input_ids=ids)
+    assert calls.found["fastpt::lora_swiglu"] == expected
+    assert calls.found["fastpt::swiglu"] + calls.found["fastpt::geglu"] == 2 - expected
+    assert calls.found["fastpt::lora_linear"] == (3 if expected else 4) * 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
