@@ -217,15 +217,15 @@ TABLE: dict[str, dict[int, Entries]] = {
     "lora_input_grad_dropout": {
         80: [
             (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 8, "stages": 4}),
-            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 8, "stages": 3}),
         ],
         90: [
             (2, {"rows": 128, "columns": 64, "depth": 64, "warps": 8, "stages": 4}),
-            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 8, "stages": 3}),
         ],
         120: [
             (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 8, "stages": 4}),
-            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 8, "stages": 3}),
         ],
     },
     # 32 rows, so that 4096 tokens give every processor a program.
@@ -248,15 +248,15 @@ TABLE: dict[str, dict[int, Entries]] = {
     "lora_hidden_dropout": {
         80: [
             (192, {"rows": 32, "depth": 64, "warps": 8, "stages": 4}),
-            (1 << 62, {"rows": 32, "depth": 32, "warps": 4, "stages": 7}),
+            (1 << 62, {"rows": 32, "depth": 32, "warps": 8, "stages": 4}),
         ],
         100: [
             (192, {"rows": 32, "depth": 64, "warps": 8, "stages": 7}),
-            (1 << 62, {"rows": 32, "depth": 32, "warps": 4, "stages": 7}),
+            (1 << 62, {"rows": 32, "depth": 32, "warps": 8, "stages": 4}),
         ],
         120: [
             (192, {"rows": 32, "depth": 64, "warps": 8, "stages": 4}),
-            (1 << 62, {"rows": 32, "depth": 32, "warps": 4, "stages": 7}),
+            (1 << 62, {"rows": 32, "depth": 32, "warps": 8, "stages": 4}),
         ],
     },
     "lora_hidden_grad": {
@@ -297,15 +297,15 @@ TABLE: dict[str, dict[int, Entries]] = {
     "lora_a_grad_dropout": {
         80: [
             (192, {"rows": 32, "columns": 128, "warps": 8, "stages": 3}),
-            (1 << 62, {"rows": 32, "columns": 64, "warps": 4, "stages": 2}),
+            (1 << 62, {"rows": 32, "columns": 64, "warps": 8, "stages": 2}),
         ],
         90: [
             (192, {"rows": 32, "columns": 128, "warps": 8, "stages": 6}),
-            (1 << 62, {"rows": 32, "columns": 64, "warps": 4, "stages": 2}),
+            (1 << 62, {"rows": 32, "columns": 64, "warps": 8, "stages": 2}),
         ],
         120: [
             (192, {"rows": 32, "columns": 128, "warps": 8, "stages": 3}),
-            (1 << 62, {"rows": 32, "columns": 64, "warps": 4, "stages": 2}),
+            (1 << 62, {"rows": 32, "columns": 64, "warps": 8, "stages": 2}),
         ],
     },
     "lora_sum": {80: [(1 << 62, {"rows": 8, "columns": 512, "warps": 4})]},

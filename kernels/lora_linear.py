@@ -251,7 +251,7 @@ def _new_hidden(x: Tensor, lora_a: Tensor | None) -> Tensor:
 
 
 def _new_gradients(x, weights, lora_a, lora_b, wants_x, wants, in_float32):
-    """dx, then lists of dweight, dbias, da and db in float32, or in their tensors' dtypes but for dbias; empty where not wanted."""
+    """dx, then lists of dweight, dbias, da and db, empty if not wanted; in float32 or, all but dbias, in their tensors' dtypes."""
 
     def new(kind: int, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         found = []

@@ -33,6 +33,7 @@ class Inputs:
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    not_streaming: str = ""  # of `real`: why its kernels are held to spills and fit, and not to 16-byte loads in flight
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Bars:
         default_factory=dict
     )  # least on sm_90 and sm_100 where it is more than that
     tensor_cores: tuple[str, ...] = ()  # bound by dots: tensor cores on every architecture, HGMMA on sm_90
-    gemms: tuple[str, ...] = ()  # of `tensor_cores`, plain products of large matrices: operands count once a launch, as do
+    gemms: tuple[
+        str, ...
+    ] = ()  # of `tensor_cores`, plain products of large matrices: operands count once a launch, as do
     # those of the torch GEMMs that peers call. Attention is none: the published figures count its tiles' reads.
     small_dots: tuple[str, ...] = ()  # dots too small for HGMMA (m64): tensor cores of any kind, and it streams
     not_streaming: Mapping[str, str] = field(default_factory=dict)  # too little work to be held to bytes in flight: why

@@ -20,7 +20,7 @@ from fastpt.kernels import launch, launch_table
 def records(case: Case, arch: int, quick: bool) -> list[dict[str, Any]]:
     found = []
     for inputs in islice(case.real(calls.empty(torch.bfloat16)), 1 if quick else None):
-        about = {"case": case.name, "arch": arch, "inputs": inputs.name}
+        about = {"case": case.name, "arch": arch, "inputs": inputs.name, "not_streaming": inputs.not_streaming}
         with _as_on(arch) as chosen:
             leaves = calls.as_leaves(inputs)
             with Capture(arch) as capture, TritonServes():

@@ -69,7 +69,7 @@ def _compilation(records: list[Record]) -> Table:
 
 def _traffic(records: list[Record]) -> Table:
     table = _table(
-        "Traffic, in the interpreter, bf16: bytes moved over the floor (each input once, each output once, no cache but a GEMM's)",
+        "Traffic, in the interpreter, bf16: bytes moved over the floor (each input and output once, no cache but a GEMM's)",
         "case", "of", "forward", "backward", "together", "launches", "host syncs", "multiply-adds", "saved new MiB",
         "extra peak MiB", "gradient error", "note",
         left=2,

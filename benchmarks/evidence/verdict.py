@@ -53,7 +53,7 @@ def of_compilation(record: Record, bars: Bars) -> Iterator[str]:
         if arch == 90 and tensor_cores and "HGMMA" not in tensor_cores:
             yield f"{where}: no HGMMA, only {tensor_cores}"
         return
-    if name in bars.not_streaming:
+    if name in bars.not_streaming or record["not_streaming"]:
         return
     if record["wide_loads"] < WIDE_LOADS:
         yield f"{where}: {record['wide_loads']:.0%} of loaded bytes by 16-byte accesses ({record['load_widths']})"

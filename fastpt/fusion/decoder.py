@@ -13,7 +13,16 @@ from torch import Tensor
 
 from fastpt.fusion.layout import Layout
 from fastpt.fusion.pieces import (
-    Activation, Attention, Heads, Linears, Norm, gate_and_up, keep, kept, product_dtype, raw,
+    Activation,
+    Attention,
+    Heads,
+    Linears,
+    Norm,
+    gate_and_up,
+    keep,
+    kept,
+    product_dtype,
+    raw,
 )  # fmt: skip
 from fastpt.fusion.tree import tree_flatten, tree_unflatten
 

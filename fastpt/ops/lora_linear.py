@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpt.ops._dropout import factors
-from fastpt.ops._library import Cost, autocast, nbytes, register
+from fastpt.ops._library import Cost, autocast, gradient_dtype, nbytes, register
 
 
 def _low_dtype(x: Tensor, lora_a: Tensor | None) -> torch.dtype:
@@ -101,9 +101,7 @@ def _fake(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds):
     return ys, [x.new_empty(tokens, 0 if a is None else len(a), dtype=_low_dtype(x, a)) for a in lora_a]
 
 
-def _fake_backward(
-    grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32=True
-):
+def _fake_backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32=True):
     return _gradients(x, weights, lora_a, lora_b, wants_x, wants, in_float32)
 
 
@@ -131,9 +129,7 @@ def _cost(x, weights, biases, lora_a, lora_b, *_):
     return Cost(nbytes(x, *weights, *biases, *lora_a, *lora_b), nbytes(*ys, *xas), 2 * tokens * parameters)
 
 
-def _cost_backward(
-    grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32=True
-):
+def _cost_backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32=True):
     tokens, products = x.numel() // max(1, x.shape[-1]), 0
     for i, (weight, a, b) in enumerate(zip(weights, lora_a, lora_b, strict=True)):
         _, _, wants_a, wants_b = wants[4 * i : 4 * i + 4]
@@ -189,11 +185,8 @@ class Layer(NamedTuple):
 
 
 def takes_float32(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether one of them takes its gradient wider than it is itself (`Tensor.grad_dtype`), which a trace cannot tell."""
-    if torch.compiler.is_compiling():
-        return True
-    narrow = (t for t in tensors if t is not None and t.requires_grad and t.dtype.itemsize < 4)
-    return any(t.is_leaf and t.grad_dtype != t.dtype for t in narrow)
+    """Whether one of them takes its gradient wider than it is itself."""
+    return any(t is not None and gradient_dtype(t) not in (None, t.dtype) for t in tensors)
 
 
 def layer_gradients(grads: tuple, wants: Sequence[bool]) -> list[Tensor | None]:

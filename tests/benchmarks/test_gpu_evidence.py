@@ -75,7 +75,7 @@ def kernel(**changes):
     sound = {
         "case": "x", "part": "compilation", "name": "streams", "arch": 90, "inputs": "", "spill_stored": 0,
         "spill_loaded": 0, "programs": 2, "limited_by": "", "double_precision": 0, "calls_in_loops": 0, "tensor_cores": {},
-        "wide_loads": 1.0, "load_widths": {}, "in_flight": 32 << 10,
+        "wide_loads": 1.0, "load_widths": {}, "in_flight": 32 << 10, "not_streaming": "",
     }  # fmt: skip
     return {**sound, **changes}
 
@@ -97,6 +97,8 @@ def kernel(**changes):
         ({"name": "multiplies", "tensor_cores": {"HGMMA": 8}, "in_flight": 0}, None),
         ({"name": "multiplies", "arch": 80, "tensor_cores": {"HMMA": 8}}, None),
         ({"name": "little", "in_flight": 0, "wide_loads": 0.0}, None),
+        ({"not_streaming": "float32", "in_flight": 0, "wide_loads": 0.0}, None),
+        ({"not_streaming": "float32", "spill_stored": 4}, "spills"),
     ],
 )
 def test_bars_of_machine_code(changes, sentence):

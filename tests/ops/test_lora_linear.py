@@ -149,6 +149,28 @@ def test_gradcheck_opcheck_compile_retain_graph():
                 check_opcheck(backward, grads, x, weights, *adapters, xas, [SCALE] * 3, *dropout, wants[0], wants)
 
 
+@pytest.mark.parametrize("tokens", [0, 70])
+def test_gradients_are_rounded_once_to_what_takes_them(tokens):
+    """By the op itself where parameters take their own dtype; sums in float32 where one asks for that."""
+    inputs = [t.detach().bfloat16().requires_grad_() for t in make((tokens,), 48, 40, 8)]
+    dy = torch.randn(tokens, 40).bfloat16()
+    x, weight, _, lora_a, lora_b = (t.detach() for t in inputs)
+    (_,), xas = forward(x, [weight], [None], [lora_a], [lora_b], [SCALE], 0.0, [])
+    given = ([dy], x, [weight], [lora_a], [lora_b], xas, [SCALE], 0.0, [], True, [True] * 4)
+    wide, narrow = (backward(*given, in_float32) for in_float32 in (True, False))
+    for found, expected in zip((wide, narrow), (torch.float32, torch.bfloat16), strict=True):
+        assert [found[kind][0].dtype for kind in (1, 3, 4)] == [expected] * 3
+        assert found[2][0].dtype == torch.float32
+    grads = torch.autograd.grad(op(*inputs), inputs, dy)
+    for i, (kind, grad) in enumerate(zip((1, 2, 3, 4), grads[1:], strict=True)):
+        assert torch.equal(grad, wide[kind][0].bfloat16())
+        assert torch.equal(grad, narrow[kind][0].bfloat16())
+        inputs[i + 1].grad_dtype = torch.float32
+    for kind, grad in zip((1, 2, 3, 4), torch.autograd.grad(op(*inputs), inputs, dy)[1:], strict=True):
+        assert torch.equal(grad, wide[kind][0])
+    check_opcheck(backward, *given, False)
+
+
 def eager_group(x, *tensors):
     return tuple(
         eager(x, *tensors[i : i + 4]) if len(tensors[i : i + 4]) == 4 else F.linear(x, *tensors[i : i + 2])

@@ -53,13 +53,14 @@ def peft_mlp(x: Tensor, *tensors: Tensor) -> Tensor:
 def inputs(
     make: Make, name: str, tokens: int, widths: Sequence[tuple[int, int, int]], adapters=None, dtype=None, **options
 ) -> Inputs:
-    """Of layers of (in, out, rank); the weights are frozen."""
+    """Of layers of (in, out, rank); the weights are frozen. `dtype` is that of x and the weights, by default the tested one."""
     tensors = [make(tokens, widths[0][0], grad=True, dtype=dtype)]
     for width, out, rank in widths:
         tensors.append(make(out, width, scale=width**-0.5, dtype=dtype))
         tensors.append(make(rank, width, scale=width**-0.5, grad=True, dtype=adapters))
         tensors.append(make(out, rank, grad=True, dtype=adapters))
-    return Inputs(name, tuple(tensors), options)
+    slow = "float32 activations are there to compare with, and every product is three of tf32" if dtype else ""
+    return Inputs(name, tuple(tensors), options, not_streaming=slow)
 
 
 def numbers_group(make: Make) -> Iterator[Inputs]:
