@@ -61,6 +61,26 @@ def _add_low_rank(acc, low_ptr, low_stride, up_ptr, up_stride, up_step, rows, co
 
 
 @triton.jit
+def _low_rank_term(lora_b, xas, ranks, scales, i: tl.constexpr, rows, columns, T, width, BM: tl.constexpr, BN: tl.constexpr,
+                   BR: tl.constexpr, IS_WIDE: tl.constexpr):  # fmt: skip
+    """scale_i xa_i b_iᵀ, zero without an adapter: what the accumulator of layer i starts from."""
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    if lora_b[i] is not None:
+        acc = _add_low_rank(
+            acc, xas[i], ranks[i], lora_b[i], 1, ranks[i], rows, columns, T, width, ranks[i], BR, IS_WIDE
+        )
+        acc *= scales[i]
+    return acc
+
+
+@triton.jit
+def _with_bias(acc, biases, i: tl.constexpr, columns, width):
+    if biases[i] is not None:
+        acc += tl.load(biases[i] + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
 def _add_product(acc, a_ptr, a_stride, a_step, b_ptr, b_stride, b_step, row, column, T, width, depth, BM: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr, IS_EVEN: tl.constexpr):  # fmt: skip
     """acc + a [T, depth] @ b [depth, width] from row and column on, any strides; only a tile's start needs 64 bits."""
@@ -104,15 +124,11 @@ def lora_output(x_ptr, weights, biases, lora_b, xas, ys, T, D, outs, ranks, scal
         if (tile >= firsts[i]) & (tile < firsts[i + 1]):
             column = (tile - firsts[i]) * BN
             columns = column + tl.arange(0, BN)
-            acc = tl.zeros((BM, BN), dtype=tl.float32)
-            if lora_b[i] is not None:
-                acc = _add_low_rank(acc, xas[i], ranks[i], lora_b[i], 1, ranks[i], rows, columns, T, outs[i], ranks[i],
-                                    BR, x_ptr.dtype.element_ty == tl.float32)  # fmt: skip
-                acc *= scales[i]
+            acc = _low_rank_term(lora_b, xas, ranks, scales, i, rows, columns, T, outs[i], BM, BN, BR,
+                                 x_ptr.dtype.element_ty == tl.float32)  # fmt: skip
             acc = _add_product(acc, x_ptr, x_stride, x_step, weights[i], w_steps[i], w_strides[i], row, column, T, outs[i],
                                D, BM, BN, BK, IS_EVEN)  # fmt: skip
-            if biases[i] is not None:
-                acc += tl.load(biases[i] + columns, mask=columns < outs[i], other=0.0).to(tl.float32)[None, :]
+            acc = _with_bias(acc, biases, i, columns, outs[i])
             _store(acc, ys[i], row, column, T, outs[i], BM, BN)
 
 
@@ -124,13 +140,8 @@ def lora_swiglu(x_ptr, weights, biases, lora_b, xas, ys, h_ptr, T, D, width, ran
     row, column = row * BM, column * BN
     at, rows, columns = tl.arange(0, BK), tl.arange(0, BM), tl.arange(0, BN)
     IS_WIDE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
-    gate, up = tl.zeros((BM, BN), dtype=tl.float32), tl.zeros((BM, BN), dtype=tl.float32)
-    if lora_b[0] is not None:
-        gate = _add_low_rank(gate, xas[0], ranks[0], lora_b[0], 1, ranks[0], row + rows, column + columns, T, width, ranks[0],
-                             BR, IS_WIDE) * scales[0]  # fmt: skip
-    if lora_b[1] is not None:
-        up = _add_low_rank(up, xas[1], ranks[1], lora_b[1], 1, ranks[1], row + rows, column + columns, T, width, ranks[1],
-                           BR, IS_WIDE) * scales[1]  # fmt: skip
+    gate = _low_rank_term(lora_b, xas, ranks, scales, 0, row + rows, column + columns, T, width, BM, BN, BR, IS_WIDE)
+    up = _low_rank_term(lora_b, xas, ranks, scales, 1, row + rows, column + columns, T, width, BM, BN, BR, IS_WIDE)
     x_at = rows[:, None] * x_stride + at[None, :]
     gate_at = at[:, None] * w_steps[0] + columns[None, :] * w_strides[0]
     up_at = at[:, None] * w_steps[1] + columns[None, :] * w_strides[1]
@@ -148,10 +159,8 @@ def lora_swiglu(x_ptr, weights, biases, lora_b, xas, ys, h_ptr, T, D, width, ran
         x_ptr += BK
         gate_ptr += tl.cast(BK, tl.int64) * w_steps[0]
         up_ptr += tl.cast(BK, tl.int64) * w_steps[1]
-    if biases[0] is not None:
-        gate += tl.load(biases[0] + column + columns, mask=columns < width - column, other=0.0).to(tl.float32)[None, :]
-    if biases[1] is not None:
-        up += tl.load(biases[1] + column + columns, mask=columns < width - column, other=0.0).to(tl.float32)[None, :]
+    gate = _with_bias(gate, biases, 0, column + columns, width)
+    up = _with_bias(up, biases, 1, column + columns, width)
     _store(gate, ys[0], row, column, T, width, BM, BN)
     _store(up, ys[1], row, column, T, width, BM, BN)
     gate, up = gate.to(h_ptr.dtype.element_ty).to(tl.float32), up.to(h_ptr.dtype.element_ty).to(tl.float32)

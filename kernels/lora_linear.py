@@ -61,12 +61,9 @@ def forward(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds) -> tup
     _check(x, weights, lora_a, lora_b)
     flat = _rows(x.reshape(-1, x.shape[-1]))  # [T, D]
     ys = [x.new_empty(*x.shape[:-1], len(weight)) for weight in weights]
-    xas = [_new_hidden(flat, a) for a in lora_a]
-    if len(flat) > 0:
-        with on_device(x):
-            group = Adapters.of(lora_a, dropout_p, seeds)
-            if group.at:
-                _hiddens(flat, [lora_a[i] for i in group.at], [xas[i] for i in group.at], group)
+    with on_device(x):
+        xas = _hiddens(flat, lora_a, Adapters.of(lora_a, dropout_p, seeds))
+        if len(flat) > 0:
             _outputs(flat, [weight.to(x.dtype) for weight in weights], biases, lora_b, xas, scales, ys)
     return ys, xas
 
@@ -80,12 +77,9 @@ def swiglu_forward(
         raise RuntimeError(f"lora_swiglu: weights {[list(w.shape) for w in weights]}; they must be two of one shape")
     flat = _rows(x.reshape(-1, x.shape[-1]))
     h, *ys = (x.new_empty(*x.shape[:-1], len(weights[0])) for _ in range(3))
-    xas = [_new_hidden(flat, a) for a in lora_a]
-    if h.numel() > 0:
-        with on_device(x):
-            group = Adapters.of(lora_a, dropout_p, seeds)
-            if group.at:
-                _hiddens(flat, [lora_a[i] for i in group.at], [xas[i] for i in group.at], group)
+    with on_device(x):
+        xas = _hiddens(flat, lora_a, Adapters.of(lora_a, dropout_p, seeds))
+        if h.numel() > 0:
             _gated(flat, [weight.to(x.dtype) for weight in weights], biases, lora_b, xas, scales, ys, h)
     return h, ys, xas
 
@@ -109,16 +103,21 @@ def backward(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, w
     return found
 
 
-def _hiddens(x: Tensor, lora_a: Sequence[Tensor], xas: Sequence[Tensor], group: Adapters) -> None:
-    """xa_i = dropout_i(x) a_iᵀ."""
-    packed = lora_a[0].contiguous() if len(lora_a) == 1 else torch.cat(list(lora_a))
+def _hiddens(x: Tensor, lora_a: Sequence[Tensor | None], group: Adapters) -> list[Tensor]:
+    """xa_i = dropout_i(x) a_iᵀ; [T, 0] without an adapter."""
+    found = [_new_hidden(x, a) for a in lora_a]
+    if not group.at or len(x) == 0:
+        return found
+    own = [lora_a[i] for i in group.at]
+    packed = own[0].contiguous() if len(own) == 1 else torch.cat(own)  # type: ignore[union-attr, arg-type]
     (tokens, width), total = x.shape, len(packed)
     block = _rank_block(total)
     launch = group.launch("lora_hidden", block * _weight(x, [packed]), x.device)
     lora_hidden[(triton.cdiv(tokens, launch.rows), triton.cdiv(total, block))](
-        x, packed, tuple(xas), tokens, width, total, group.places, group.ranks, x.stride(0), group.words, group.keep,
-        N=len(lora_a), THRESHOLD=group.threshold, BM=launch.rows, BK=launch.depth, BR=block, **_warps(launch),
+        x, packed, tuple(found[i] for i in group.at), tokens, width, total, group.places, group.ranks, x.stride(0), group.words,
+        group.keep, N=len(own), THRESHOLD=group.threshold, BM=launch.rows, BK=launch.depth, BR=block, **_warps(launch),
     )  # fmt: skip
+    return found
 
 
 def _outputs(x: Tensor, weights, biases, lora_b, xas, scales, ys: Sequence[Tensor]) -> None:
@@ -126,25 +125,29 @@ def _outputs(x: Tensor, weights, biases, lora_b, xas, scales, ys: Sequence[Tenso
     tokens, width = x.shape
     launch = choose("lora_output", x.element_size(), x.device)
     outs = tuple(len(weight) for weight in weights)
-    ranks = tuple(0 if b is None else b.shape[1] for b in lora_b)
     firsts = tuple(accumulate((triton.cdiv(n, launch.columns) for n in outs), initial=0))
+    given, ranks, scales = _layers(weights, biases, lora_b, xas, ys, scales)
     lora_output[(triton.cdiv(tokens, launch.rows) * firsts[-1],)](
-        x, tuple(weights), tuple(biases), tuple(b if b is None else b.contiguous() for b in lora_b), tuple(xas), tuple(ys),
-        tokens, width, outs, ranks, tuple(map(float, scales)), firsts, *x.stride(), *_strides(weights), N=len(outs),
-        BM=launch.rows, BN=launch.columns, BK=launch.depth, BR=_rank_block(max(ranks), 32),
-        IS_EVEN=width % launch.depth == 0, **_warps(launch),
+        x, *given, tokens, width, outs, ranks, scales, firsts, *x.stride(), *_strides(weights), N=len(outs),
+        IS_EVEN=width % launch.depth == 0, **_tile(launch, ranks),
     )  # fmt: skip
 
 
 def _gated(x: Tensor, weights, biases, lora_b, xas, scales, ys: Sequence[Tensor], h: Tensor) -> None:
     (tokens, width), out = x.shape, len(weights[0])
     launch = choose("lora_swiglu", x.element_size(), x.device)
-    ranks = tuple(0 if b is None else b.shape[1] for b in lora_b)
+    given, ranks, scales = _layers(weights, biases, lora_b, xas, ys, scales)
     lora_swiglu[(triton.cdiv(tokens, launch.rows) * triton.cdiv(out, launch.columns),)](
-        x, tuple(weights), tuple(biases), tuple(b if b is None else b.contiguous() for b in lora_b), tuple(xas), tuple(ys), h,
-        tokens, width, out, ranks, tuple(map(float, scales)), x.stride(0), *_strides(weights), BM=launch.rows, BN=launch.columns,
-        BK=launch.depth, BR=_rank_block(max(ranks), 32), IS_EVEN=width % launch.depth == 0, **_warps(launch),
+        x, *given, h, tokens, width, out, ranks, scales, x.stride(0), *_strides(weights),
+        IS_EVEN=width % launch.depth == 0, **_tile(launch, ranks),
     )  # fmt: skip
+
+
+def _layers(weights, biases, lora_b, xas, ys, scales) -> tuple[tuple, tuple[int, ...], tuple[float, ...]]:
+    """What the kernels of forward take of all layers: tensors, ranks and scales."""
+    tensors = weights, biases, [b if b is None else b.contiguous() for b in lora_b], xas, ys
+    ranks = tuple(0 if b is None else b.shape[1] for b in lora_b)
+    return tuple(map(tuple, tensors)), ranks, tuple(map(float, scales))
 
 
 def _input_grad(grads, weights, lora_a, dxa: Tensor | None, group: Adapters, dx: Tensor) -> None:
@@ -155,8 +158,8 @@ def _input_grad(grads, weights, lora_a, dxa: Tensor | None, group: Adapters, dx:
     lora_input_grad[(triton.cdiv(tokens, launch.rows) * triton.cdiv(width, launch.columns),)](
         tuple(grads), tuple(weights), tuple(lora_a[i].contiguous() for i in group.at), dxa, dx, tokens, width, outs, group.ranks,
         group.places, tuple(grad.stride(0) for grad in grads), *_strides(weights), group.places[-1], group.words, group.keep,
-        N=len(outs), ADAPTERS=len(group.at), THRESHOLD=group.threshold, BM=launch.rows, BN=launch.columns, BK=launch.depth,
-        BR=_rank_block(max(group.ranks, default=0), 32), IS_EVEN=all(n % launch.depth == 0 for n in outs), **_warps(launch),
+        N=len(outs), ADAPTERS=len(group.at), THRESHOLD=group.threshold, IS_EVEN=all(n % launch.depth == 0 for n in outs),
+        **_tile(launch, group.ranks),
     )  # fmt: skip
 
 
@@ -251,7 +254,7 @@ def _new_hidden(x: Tensor, lora_a: Tensor | None) -> Tensor:
 
 
 def _new_gradients(x, weights, lora_a, lora_b, wants_x, wants, in_float32):
-    """dx, then lists of dweight, dbias, da and db, empty if not wanted; in float32 or, all but dbias, in their tensors' dtypes."""
+    """dx, then lists of dweight, dbias, da and db in float32, or in their tensors' dtypes (not dbias); empty if not wanted."""
 
     def new(kind: int, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         found = []
@@ -294,6 +297,12 @@ def _chunks(tokens: int, tiles: int, launch: Launch, device: torch.device) -> tu
     wanted = max(1, processors(device) * launch.per_processor // tiles)
     chunk = triton.cdiv(triton.cdiv(tokens, wanted), launch.rows) * launch.rows
     return chunk, triton.cdiv(tokens, chunk)
+
+
+def _tile(launch: Launch, ranks: Sequence[int]) -> dict[str, int]:
+    """Of a kernel of lora_gemm.py."""
+    block = _rank_block(max(ranks, default=0), 32)
+    return {"BM": launch.rows, "BN": launch.columns, "BK": launch.depth, "BR": block, **_warps(launch)}
 
 
 def _warps(launch: Launch) -> dict[str, int]:
