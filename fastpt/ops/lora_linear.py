@@ -263,7 +263,7 @@ def linear_group(
     Dropout touches the input of the low-rank terms only; each layer's mask is drawn from its seed (by default one from torch's
     generator) and drawn again in backward, never stored.
     Numerics: float32 weights beside bfloat16 activations enter rounded, float32 adapters unrounded; the gradients of weights,
-    biases and adapters are sums in float32.
+    biases and adapters are sums in float32, rounded once where a parameter takes less.
     Raises: RuntimeError when shapes or dtypes do not fit.
     Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
     """
