@@ -20,7 +20,7 @@ class Peer(NamedTuple):
     note: str = ""
 
 
-# By the shape of the case's traffic.
+# By the name of the case, whose traffic has this shape.
 PUBLISHED: dict[str, tuple[str, list[Peer]]] = {
     "rms_norm": ("1024x2048", [
         Peer("eager", 9.00, 15.33, 12.80, (8, 16), 0, 12.00),
@@ -49,17 +49,17 @@ PUBLISHED: dict[str, tuple[str, list[Peer]]] = {
         Peer("flash-attn", 1.00, 2.00, 1.50, (5, 3)),
         Peer("Unsloth", 1.00, 2.00, 1.50, (5, 2), note="over the logits"),
     ]),
-    "linear_cross_entropy": ("512x512 -> 4096", [
+    "linear_cross_entropy, trained head": ("512x512 -> 4096", [
         Peer("eager", 8.11, 13.56, 10.83, (4, 5), 0, 8.00),
         Peer("cut-cross-entropy", 6.05, 31.53, 18.79, (11, 7), 1, 0.02, "4/3 of the GEMM work; gradient error 7.1e-3"),
         Peer("fla", 58.34, 0.00, 29.17, (87, 1), 2, 4.50),
         Peer("Unsloth", 42.34, 2.00, 22.17, (62, 4), note="gradient error 3.3e-3"),
     ]),
-    "lora_mlp": ("512x1024 -> 2816, r 16", [
+    "lora mlp": ("512x1024 -> 2816, r 16", [
         Peer("PEFT", 3.52, 4.13, 3.83, (17, 25), 0, 11.05),
         Peer("Unsloth", 2.23, 3.31, 2.78, (10, 22), 0, 5.50, "dX over X"),
     ]),
-    "lora_qkv": ("512x1024, r 16", [
+    "lora qkv": ("512x1024, r 16", [
         Peer("PEFT", 3.50, 5.16, 4.40, (15, 23), 0, 0.05),
         Peer("Unsloth", 2.44, 3.94, 3.25, (9, 21), note="dX over X"),
     ]),

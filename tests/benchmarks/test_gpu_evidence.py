@@ -187,6 +187,11 @@ def test_occupancy_is_what_the_tables_say():
     assert occupancy(86, 16, 32, 0) == (1, "warps")
 
 
+def test_published_figures_stand_beside_a_case():
+    cases = {case.name for module in calls.all_modules() for case in calls.cases_of(module)}
+    assert set(PUBLISHED) <= cases
+
+
 def test_published_figures_add_up():
     for shape, peers in PUBLISHED.values():
         assert shape
