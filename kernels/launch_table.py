@@ -309,4 +309,38 @@ TABLE: dict[str, dict[int, Entries]] = {
         ],
     },
     "lora_sum": {80: [(1 << 62, {"rows": 8, "columns": 512, "warps": 4})]},
+    # grouped_linear; the size is the bytes of an element. Narrow: at most 64 columns, those of a rank. 64 rows, because with 128
+    # experts few have more tokens than that.
+    "grouped_product": {
+        80: [
+            (2, {"rows": 64, "columns": 128, "depth": 64, "warps": 4, "stages": 3}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
+        ],
+        90: [
+            (2, {"rows": 64, "columns": 128, "depth": 64, "warps": 4, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
+        ],
+        120: [
+            (2, {"rows": 64, "columns": 128, "depth": 64, "warps": 4, "stages": 3}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3}),
+        ],
+    },
+    "grouped_product_narrow": {
+        80: [
+            (2, {"rows": 64, "columns": 16, "depth": 64, "warps": 4, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 16, "depth": 32, "warps": 4, "stages": 3}),
+        ],
+    },
+    "grouped_token_sum": {
+        80: [
+            (2, {"rows": 128, "columns": 128, "depth": 32, "warps": 8, "stages": 3}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 2}),
+        ],
+    },
+    "grouped_token_sum_narrow": {
+        80: [
+            (2, {"rows": 128, "columns": 16, "depth": 64, "warps": 4, "stages": 4}),
+            (1 << 62, {"rows": 64, "columns": 16, "depth": 32, "warps": 4, "stages": 3}),
+        ],
+    },
 }

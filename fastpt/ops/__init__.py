@@ -7,6 +7,7 @@ from fastpt.ops.cross_entropy import cross_entropy, cross_entropy_and_gradient
 from fastpt.ops.decode import decode_block, decode_logits
 from fastpt.ops.embedding import embedding
 from fastpt.ops.geglu import geglu
+from fastpt.ops.grouped_linear import grouped_linear
 from fastpt.ops.layer_norm import add_layer_norm, layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastpt.ops.lora_linear import Layer, linear_group, lora_linear, lora_swiglu
@@ -30,6 +31,7 @@ __all__ = [
     "embedding",
     "geglu",
     "grad_norm",
+    "grouped_linear",
     "layer_norm",
     "linear_cross_entropy",
     "linear_group",
