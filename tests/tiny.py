@@ -9,6 +9,7 @@ import torch
 VOCAB = 272  # the tokenizer's 259 and some padding, as real embeddings have
 
 DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3")
+MIXTURES = ("qwen3_moe", "mixtral", "gpt_oss")
 ENCODERS = ("bert", "roberta", "distilbert")
 FAMILIES = (*DECODERS, "gpt2", "bert")
 
@@ -34,6 +35,7 @@ _DECODER: dict[str, Any] = {
 _GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
 # eager: the sdpa of transformers 5.17 leaves the softcap of the scores out
 _GEMMA2 = {**_GEMMA, "final_logit_softcapping": 5.0, "attn_implementation": "eager"}
+_MOE = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
 
 # family -> config class, model class, what its config differs in
 _FAMILY: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -44,6 +46,9 @@ _FAMILY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _GEMMA2),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {"head_dim": None}),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {"moe_intermediate_size": 24, "num_experts": 6, **_MOE}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4, **_MOE}),
+    "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 4, "sliding_window": 7, **_MOE}),
 }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastpt.fusion.blocks import Recipe
 from fastpt.fusion.encoder_recipe import EncoderRecipe, dropout_of
+from fastpt.fusion.experts import innermost, is_swiglu
 from fastpt.fusion.patch import Patch, patch_of
 from fastpt.fusion.pieces import product_dtype
 from fastpt.fusion.projection import NotFusable
@@ -60,6 +61,9 @@ def rows_of(handle: Handle) -> list[Row]:
         elif isinstance(recipe, EncoderRecipe) and patch is not None:
             covered.update(module.modules())
             rows += _encoder_rows(path, module, recipe, patch, device)
+        elif path in handle.experts:
+            covered.update(module.modules())
+            rows += _expert_rows(path, module, patch, device)
         elif path in handle.stacks and patch is not None:
             reason = f"last call: {patch.fallback}" if patch.fallback else ""
             rows.append(Row(path, "" if reason else "unpadding", "" if reason else "torch", reason))
@@ -116,6 +120,20 @@ def _block_rows(path: str, block: nn.Module, recipe: Recipe, patch: Patch, devic
     rows += [_served(f"{gated}.{name}", "lora_linear", device) for name in recipe.gate_up]
     rows.append(_served(gated, GATED[recipe.activation], device))
     return [*rows, _served(f"{gated}.{recipe.down}", "lora_linear", device)]
+
+
+def _expert_rows(path: str, module: nn.Module, patch: Patch | None, device: str) -> list[Row]:
+    """Of a mixture's experts, which serve themselves where PEFT adds its adapters to their weights before."""
+    experts, wrappers = innermost(module)
+    reason = ""
+    if wrappers and (patch is None or patch.fallback):
+        reason = f"adapters are added to all weights: {patch.fallback if patch else 'added after fusing, fuse again'}"
+    kernel = serving_kernel("grouped_linear", device)
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    rows = [Row(f"{path}.{name}", "grouped_linear", kernel, reason) for name in (first, "down_proj")]
+    if experts.has_gate and is_swiglu(experts):
+        rows.insert(1, _served(f"{path}.act_fn", "swiglu", device))
+    return rows
 
 
 def _encoder_rows(path: str, block: nn.Module, recipe: EncoderRecipe, patch: Patch, device: str) -> list[Row]:

@@ -23,6 +23,7 @@ from fastpt.fusion.encoder_recipe import (
     stack_forward,
     stack_of,
 )
+from fastpt.fusion.experts import check_experts, innermost, looks_like_experts, wrapper_forward
 from fastpt.fusion.explain import Row, rows_of, show
 from fastpt.fusion.patch import Patch, patch_of
 from fastpt.fusion.projection import NotFusable
@@ -43,6 +44,7 @@ class Handle:
             str, Recipe | EncoderRecipe | NormRecipe | None
         ] = {}  # module path -> recipe; None: nn.LayerNorm
         self.backbones: dict[str, tuple[Any, Any]] = {}  # module path -> config, attention before
+        self.experts: dict[str, tuple[Any, Any]] = {}  # path of a mixture's experts -> config, experts function before
         self.embeddings: set[str] = set()  # module paths
         self.stacks: list[str] = []  # module paths of encoders whose layers see real tokens alone
         self.heads: list[str] = []  # module paths of causal language models
@@ -55,7 +57,11 @@ class Handle:
         for config, before in self.backbones.values():
             if config._attn_implementation_internal == NAME:
                 config._attn_implementation_internal = before
+        for config, before in self.experts.values():
+            if config._experts_implementation_internal == NAME:
+                config._experts_implementation_internal = before
         self.patches.clear()
+        self.experts.clear()
         self.backbones.clear()
 
     def __enter__(self) -> Handle:
@@ -88,6 +94,7 @@ def fuse(model: nn.Module) -> Handle:
     try:
         for path, module in named:
             _use_attention(handle, path, module)
+        _fuse_experts(handle, model)
         inside = _fuse_blocks(handle, model) | _fuse_encoders(handle, model)
         _fuse_norms(handle, model, inside)
         _fuse_embeddings(handle, model, inside)
@@ -174,6 +181,31 @@ def _block_forward(recipe: Recipe, patch: Patch) -> Any:
         return decoder_block(hidden_states, block)
 
     return forward
+
+
+def _fuse_experts(handle: Handle, model: nn.Module) -> None:
+    """Point the configs of mixtures at the experts function, and patch the wrappers of PEFT's adapters on experts."""
+    found = {path: module for path, module in model.named_modules() if looks_like_experts(innermost(module)[0])}
+    inner = {part for module in found.values() for part in list(module.modules())[1:]}
+    mixtures = {path: (module, *innermost(module)) for path, module in found.items() if module not in inner}
+    refused = set()
+    for path, (outer, experts, _) in mixtures.items():
+        try:
+            check_experts(experts)
+            if "forward" in outer.__dict__:
+                raise NotFusable("it has a forward of its own")
+        except NotFusable as reason:
+            handle.reasons[path] = str(reason)
+            refused.add(id(experts.config))  # which all layers share
+    before = {id(experts.config): experts.config._experts_implementation for _, experts, _ in mixtures.values()}
+    for path, (outer, experts, wrappers) in mixtures.items():
+        if id(experts.config) in refused:
+            handle.reasons.setdefault(path, "other experts of the same config are not served")
+            continue
+        handle.experts[path] = experts.config, before[id(experts.config)]
+        experts.config._experts_implementation_internal = NAME
+        if wrappers:
+            handle.patches.append(Patch(outer, wrapper_forward))
 
 
 def _fuse_encoders(handle: Handle, model: nn.Module) -> set[nn.Module]:
