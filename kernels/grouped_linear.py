@@ -1,7 +1,8 @@
 """grouped_linear in Triton: one launch for all experts, whose tiles find their expert from the offsets on the device.
 
 Two kernels: rows of tokens times an expert's matrix (xa, y, dy b, dx), and a sum over an expert's tokens (dweight, da, db).
-The grid is as large as any routing can need: a tile of rows for every BM tokens and one more for each expert that has any.
+The grid is as large as any routing can need: a tile of rows for every BM tokens and one more for each expert that has any,
+and for the rows of none, which are written as zeros.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from .lora_gemm import _add_low_rank, _add_product, _store
 
 
 @triton.jit
-def _tile_rows(tile, offsets_ptr, E, EXPERTS: tl.constexpr, BM: tl.constexpr):
-    """Expert, first row and end of its rows for a tile of rows; expert E where there are no more tiles."""
+def _tile_rows(tile, offsets_ptr, T, E, EXPERTS: tl.constexpr, BM: tl.constexpr):
+    """Expert, first row and end of its rows for a tile of rows; E for the rows of no expert, more where there are no more."""
     at = tl.arange(0, EXPERTS)
-    begin = tl.load(offsets_ptr + at, mask=at < E, other=0)
-    end = tl.load(offsets_ptr + at + 1, mask=at < E, other=0)
-    tiles = (end - begin + BM - 1) // BM
-    expert = tl.minimum(tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0), E)
+    begin = tl.load(offsets_ptr + at, mask=at <= E, other=0)
+    end = tl.where(at == E, T, tl.load(offsets_ptr + at + 1, mask=at < E, other=0))
+    tiles = tl.where(at <= E, (end - begin + BM - 1) // BM, 0)
+    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
     before = tl.sum(tl.where(at < expert, tiles, 0), 0)
     row = tl.sum(tl.where(at == expert, begin, 0), 0) + (tile - before) * BM
     return expert, row, tl.sum(tl.where(at == expert, end, 0), 0)
 
 
 @triton.jit
-def grouped_product(x_ptr, offsets_ptr, w_ptr, low_ptr, up_ptr, y_ptr, T, E, D, width, rank, scale, row_tiles, x_stride,
+def grouped_product(x_ptr, offsets_ptr, w_ptr, low_ptr, up_ptr, y_ptr, T, E, D, width, rank, scale, x_stride,
                     w_expert, w_stride, w_step, up_expert, up_stride, up_step, EXPERTS: tl.constexpr, BM: tl.constexpr,
                     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, IS_EVEN: tl.constexpr):  # fmt: skip
     """y = x [T, D] @ w_e [D, width] + scale low [T, rank] @ up_e [rank, width]; rows of no expert are zero.
@@ -37,7 +38,9 @@ def grouped_product(x_ptr, offsets_ptr, w_ptr, low_ptr, up_ptr, y_ptr, T, E, D, 
     Tiles of one expert's columns follow each other, so that its rows stay in L2.
     """
     tile, column = tl.program_id(0) // tl.cdiv(width, BN), (tl.program_id(0) % tl.cdiv(width, BN)) * BN
-    expert, row, end = _tile_rows(tile, offsets_ptr, E, EXPERTS, BM)
+    expert, row, end = _tile_rows(tile, offsets_ptr, T, E, EXPERTS, BM)
+    if expert == E:
+        _store(tl.zeros((BM, BN), dtype=tl.float32), y_ptr, row, column, end, width, BM, BN)
     if expert < E:
         rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
         which = expert.to(tl.int64)
@@ -76,9 +79,9 @@ def grouped_token_sum(left_ptr, right_ptr, offsets_ptr, out_ptr, M, N, scale, le
 def forward(x, offsets, weight, lora_a, lora_b, scale) -> tuple[Tensor, Tensor]:
     _check(x, offsets, weight, lora_a, lora_b)
     x = _rows(x)
-    y = x.new_zeros(len(x), weight.shape[1])
-    xa = x.new_zeros(len(x), 0 if lora_a is None else lora_a.shape[1])
-    if y.numel() > 0 and len(weight) > 0:
+    y = x.new_empty(len(x), weight.shape[1])
+    xa = x.new_empty(len(x), 0 if lora_a is None else lora_a.shape[1])
+    if y.numel() > 0:
         with on_device(x):
             if lora_a is None:
                 _product(x, offsets, weight.mT, y)
@@ -93,17 +96,19 @@ def backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants):
     if grad.shape != (len(x), weight.shape[1]) or grad.dtype != x.dtype:
         raise RuntimeError(f"grouped_linear: grad is {list(grad.shape)} {grad.dtype} for x {list(x.shape)} {x.dtype}")
     grad, x = _rows(grad), _rows(x)
-    dx = x.new_zeros(x.shape if wants[0] else (0,))
+    dx = x.new_empty(x.shape if wants[0] else (0,))
     dweight, da, db = (
-        x.new_zeros(like.shape if wanted and like is not None else (0,), dtype=torch.float32)
+        x.new_empty(like.shape if wanted and like is not None else (0,), dtype=torch.float32)
         for wanted, like in zip(wants[1:], (weight, lora_a, lora_b), strict=True)
     )
-    if len(x) == 0 or len(weight) == 0:
+    if len(x) == 0:
+        for gradient in (dweight, da, db):
+            gradient.zero_()
         return dx, dweight, da, db
     with on_device(x):
         dxa = None
         if lora_a is not None and (wants[0] or wants[2]):
-            dxa = x.new_zeros(len(x), lora_a.shape[1])
+            dxa = x.new_empty(len(x), lora_a.shape[1])
             _product(grad, offsets, lora_b.contiguous(), dxa)
         if wants[0]:
             low = () if dxa is None else (dxa, lora_a.contiguous(), scale)
@@ -122,11 +127,11 @@ def _product(x: Tensor, offsets: Tensor, w: Tensor, y: Tensor, low=None, up=None
     (tokens, depth), (experts, _, width) = x.shape, w.shape
     name = "grouped_product" if width > 64 else "grouped_product_narrow"
     launch = choose(name, x.element_size(), x.device)
-    row_tiles = tokens // launch.rows + min(experts, tokens)
+    row_tiles = tokens // launch.rows + min(experts + 1, tokens)
     rank = 0 if low is None else low.shape[1]
     grouped_product[(row_tiles * triton.cdiv(width, launch.columns),)](
-        x, offsets, w, low, up, y, tokens, experts, depth, width, rank, float(scale), row_tiles, x.stride(0), w.stride(0),
-        w.stride(2), w.stride(1), *((0, 0, 0) if up is None else up.stride()), EXPERTS=triton.next_power_of_2(experts),
+        x, offsets, w, low, up, y, tokens, experts, depth, width, rank, float(scale), x.stride(0), w.stride(0),
+        w.stride(2), w.stride(1), *((0, 0, 0) if up is None else up.stride()), EXPERTS=triton.next_power_of_2(experts + 1),
         BM=launch.rows, BN=launch.columns, BK=launch.depth, BR=min(max(triton.next_power_of_2(rank), 16), 32),
         IS_EVEN=depth % launch.depth == 0, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
@@ -150,7 +155,9 @@ def _rows(x: Tensor) -> Tensor:
 def _check(x, offsets, weight, lora_a, lora_b) -> None:
     low = [] if lora_a is None or lora_b is None else [lora_a, lora_b]
     is_right = x.dim() == 2 and weight.dim() == 3 and x.shape[1] == weight.shape[2]
-    is_right = is_right and offsets.dtype == torch.int32 and offsets.shape == (len(weight) + 1,) and offsets.is_contiguous()
+    is_right = (
+        is_right and offsets.dtype == torch.int32 and offsets.shape == (len(weight) + 1,) and offsets.is_contiguous()
+    )
     is_right = is_right and (lora_a is None) == (lora_b is None) and all(t.dtype == x.dtype for t in (weight, *low))
     if is_right and low:
         experts, out, width = weight.shape

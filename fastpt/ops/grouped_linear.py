@@ -35,12 +35,13 @@ def reference(x, offsets, weight, lora_a, lora_b, scale) -> tuple[Tensor, Tensor
 
 
 def reference_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants):
-    """dx, and dweight, da, db in float32; what `wants` does not name is empty."""
+    """dx, and dweight, da, db in float32; what `wants` does not name is empty, that of an expert without tokens zero."""
     dx, dweight, da, db = found = _fake_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants)
-    for gradient in found[1:]:
-        gradient.zero_()
-    last = 0
-    for e, begin, end in _groups(offsets):
+    groups, last = _groups(offsets), 0
+    for e in set(range(len(weight))) - {e for e, *_ in groups}:
+        for gradient in (gradient for gradient in found[1:] if gradient.numel() > 0):
+            gradient[e] = 0
+    for e, begin, end in groups:
         rows, last = slice(begin, end), end
         dy = grad[rows]
         dxa = None if lora_b is None else dy @ lora_b[e]

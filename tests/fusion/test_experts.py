@@ -125,7 +125,9 @@ def test_adapters_stay_apart_from_the_weights(monkeypatch):
 def test_adapters_added_after_fusing_are_served_and_said():
     model, ids = mixture("qwen3_moe"), torch.randint(3, 250, (1, 8))
     with fastpt.fuse(model):
-        wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=STACKS, init_lora_weights=False))
+        wrapped = get_peft_model(
+            model, LoraConfig(r=2, target_modules=[], target_parameters=STACKS, init_lora_weights=False)
+        )
         rows = served(model)
         got = wrapped(input_ids=ids).logits
     assert "fuse again" in rows["mlp.experts.down_proj"].reason

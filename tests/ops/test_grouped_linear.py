@@ -30,7 +30,11 @@ def op(x, offsets, *tensors):
 
 def make(counts, width, out, rank=None, nobody=0):
     experts = len(counts)
-    tensors = [torch.randn(sum(counts) + nobody, width), offsets_of(counts), torch.randn(experts, out, width) / width**0.5]
+    tensors = [
+        torch.randn(sum(counts) + nobody, width),
+        offsets_of(counts),
+        torch.randn(experts, out, width) / width**0.5,
+    ]
     if rank is not None:
         tensors += [torch.randn(experts, rank, width) / width**0.5, torch.randn(experts, out, rank)]
     return [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
@@ -74,7 +78,13 @@ def test_views_as_models_hold_them():
 
         return call
 
-    tensors = [torch.randn(12, 9), offsets_of((4, 0, 5)), torch.randn(3, 12, 10), torch.randn(6, 12), torch.randn(10, 6)]
+    tensors = [
+        torch.randn(12, 9),
+        offsets_of((4, 0, 5)),
+        torch.randn(3, 12, 10),
+        torch.randn(6, 12),
+        torch.randn(10, 6),
+    ]
     inputs = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
     check_against_eager(both(op), both(eager), inputs, dtype=torch.float32)
     x, *rest = make((4, 0, 5), 12, 10, 2)

@@ -31,7 +31,13 @@ def by_expert(x: Tensor, offsets: Tensor, weight: Tensor, a: Tensor | None = Non
 
 
 def inputs(
-    make: Make, name: str, counts: Sequence[int], width: int, out: int, rank: int | None, dtype: torch.dtype | None = None
+    make: Make,
+    name: str,
+    counts: Sequence[int],
+    width: int,
+    out: int,
+    rank: int | None,
+    dtype: torch.dtype | None = None,
 ) -> Inputs:
     """Of experts with so many tokens each; without a rank the weights are trained."""
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
@@ -74,7 +80,9 @@ def traffic_trained(make: Make) -> Inputs:
     return inputs(make, "512 rows of 4 experts, 512 to 384", (192, 0, 64, 256), 512, 384, None)
 
 
-def floor(x: Tensor, offsets: Tensor, weight: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> tuple[int, int]:
+def floor(
+    x: Tensor, offsets: Tensor, weight: Tensor, a: Tensor | None = None, b: Tensor | None = None
+) -> tuple[int, int]:
     """Of the experts that have tokens; the gradients of the others are written all the same."""
     y, xa = x.new_empty(len(x), weight.shape[1], device="meta"), x.new_empty(len(x), 0 if a is None else a.shape[1])
     wants = [True, a is None, a is not None, a is not None]
