@@ -17,7 +17,7 @@ from fastpt.fusion.attention import NAME
 from fastpt.fusion.patch import Patch
 from fastpt.fusion.projection import NotFusable, check_untouched
 from fastpt.fusion.recognise import activation_of
-from fastpt.ops import swiglu
+from fastpt.ops import embedding, swiglu
 from fastpt.ops.grouped_linear import Routing, grouped_linear
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")  # set by transformers' decorator
@@ -74,7 +74,7 @@ def _linear(module: Any, name: str, x: Tensor, routing: Routing, adapters: dict[
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(weight.dtype)
     y = grouped_linear(x, routing.offsets, weight.mT if module.is_transposed else weight, *adapters.get(name, ()))
-    return y + getattr(module, f"{name}_bias")[routing.expert_of_row] if module.has_bias else y
+    return y + embedding(routing.expert_of_row, getattr(module, f"{name}_bias")) if module.has_bias else y
 
 
 def _activated(module: Any, hidden: Tensor) -> Tensor:

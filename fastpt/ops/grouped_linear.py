@@ -6,6 +6,8 @@ low-rank term never becomes a weight: PEFT's E [O, D] sums of W and B A are the 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from fastpt.ops._library import Cost, autocast, nbytes, register
 def _groups(offsets: Tensor) -> list[tuple[int, int, int]]:
     """Expert, begin and end of those that have tokens."""
     ends = offsets.tolist()
-    return [(e, a, b) for e, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True)) if a < b]
+    return [(e, a, b) for e, (a, b) in enumerate(pairwise(ends)) if a < b]
 
 
 def reference(x, offsets, weight, lora_a, lora_b, scale) -> tuple[Tensor, Tensor]:

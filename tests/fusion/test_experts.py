@@ -99,7 +99,7 @@ def test_explain_names_the_experts(is_lora):
 
 
 def test_adapters_stay_apart_from_the_weights(monkeypatch):
-    """PEFT's way of adding them is not taken; while they are disabled the weights serve alone; merged ones are not added twice."""
+    """PEFT's way of adding them is not taken; disabled, the weights serve alone; merged, they are not added twice."""
     model, ids = mixture("mixtral", is_lora=True).eval(), torch.randint(3, 250, (1, 8))
 
     def logits():

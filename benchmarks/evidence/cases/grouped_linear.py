@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def ours(x: Tensor, offsets: Tensor, weight: Tensor, a: Tensor | None = None, b:
 def by_expert(x: Tensor, offsets: Tensor, weight: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
     """PEFT's formula for a linear layer, expert by expert."""
     ends, ys = offsets.tolist(), []
-    for e, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for e, (begin, end) in enumerate(pairwise(ends)):
         rows = x[begin:end]
         y = F.linear(rows, weight[e])
         ys.append(y if a is None or b is None else y + SCALE * F.linear(F.linear(rows, a[e]), b[e]))
