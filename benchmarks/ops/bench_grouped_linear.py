@@ -18,9 +18,9 @@ SCALE, ACTIVE = 2.0, 4
 
 def ours(x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, *adapters: Tensor) -> Tensor:
     routing = Routing(indices, len(gate_up))
-    first, last = (adapters[:2], adapters[2:]) if adapters else ((None, None), (None, None))
-    hidden = grouped_linear(routing.dispatch(x), routing.offsets, gate_up, *first, scale=SCALE)
-    y = grouped_linear(swiglu(*hidden.chunk(2, -1)), routing.offsets, down, *last, scale=SCALE)
+    first, last = ((*adapters[:2], SCALE), (*adapters[2:], SCALE)) if adapters else ((), ())
+    hidden = grouped_linear(routing.dispatch(x), routing.offsets, gate_up, *first)
+    y = grouped_linear(swiglu(*hidden.chunk(2, -1)), routing.offsets, down, *last)
     return routing.combine(y, weights)
 
 

@@ -46,10 +46,10 @@ def reference_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, want
     for e, begin, end in groups:
         rows, last = slice(begin, end), end
         dy = grad[rows]
-        dxa = None if lora_b is None else dy @ lora_b[e]
+        dxa = dy.new_empty(len(dy), 0) if lora_b is None else dy @ lora_b[e]
         if wants[0]:
             torch.mm(dy, weight[e], out=dx[rows])
-            if dxa is not None:
+            if lora_a is not None:
                 dx[rows].addmm_(dxa, lora_a[e], alpha=scale)
         if wants[1]:
             dweight[e] = dy.t() @ x[rows]
