@@ -105,11 +105,11 @@ def case(name: str, parts: tuple, bars: tuple[float, float], launches: tuple[int
         real=real,
         traffic=traffic,
         floor=floor,
-        bars=Bars(forward=bars[0], backward=bars[1], launches=launches, tensor_cores=DOTS),
+        bars=Bars(forward=bars[0], backward=bars[1], launches=launches, tensor_cores=DOTS, gemms=DOTS),
     )
 
 
 CASES = [
-    case("grouped lora", (numbers_lora, real_lora, traffic_lora), (1.6, 2.6), (4, 9)),
-    case("grouped trained", (numbers_trained, real_trained, traffic_trained), (1.6, 2.6), (2, 5)),
+    case("grouped lora", (numbers_lora, real_lora, traffic_lora), (1.3, 1.5), (2, 6)),
+    case("grouped trained", (numbers_trained, real_trained, traffic_trained), (1.05, 1.95), (1, 3)),
 ]
