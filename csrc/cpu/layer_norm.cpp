@@ -129,9 +129,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
 
 // dx (empty when it would equal ds), ds, dweight, dbias.
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
-    const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& summed, const Tensor& mean, const Tensor& rstd,
-    const std::optional<Tensor>& weight, at::ScalarType dtype, double dropout_p, int64_t seed, bool wants_weight,
-    bool wants_bias) {
+    const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& summed, const Tensor& mean,
+    const Tensor& rstd, const std::optional<Tensor>& weight, at::ScalarType dtype, double dropout_p, int64_t seed,
+    bool wants_weight, bool wants_bias) {
   static const auto reference = reference_of<std::tuple<Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
       const std::optional<Tensor>&, at::ScalarType, double, int64_t, bool, bool)>("fastpt::add_layer_norm_backward");

@@ -24,7 +24,13 @@ from tests.helpers import needs_native
 
 CSRC = Path(__file__).parents[2] / "csrc"
 WITH_TRITON = [op for op in OPS.values() if op.triton is not None]
-NO_CPP = {"cross_entropy", "cross_entropy_and_gradient", "cross_entropy_backward", "linear_cross_entropy_scale", "lora_swiglu"}
+NO_CPP = {
+    "cross_entropy",
+    "cross_entropy_and_gradient",
+    "cross_entropy_backward",
+    "linear_cross_entropy_scale",
+    "lora_swiglu",
+}
 
 
 class Recorder(TorchDispatchMode):
