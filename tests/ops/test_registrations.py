@@ -29,7 +29,6 @@ NO_CPP = {
     "cross_entropy_and_gradient",
     "cross_entropy_backward",
     "linear_cross_entropy_scale",
-    "lora_swiglu",
 }
 
 
