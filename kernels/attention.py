@@ -114,7 +114,7 @@ def forward(
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     if out.numel() > 0 and k.shape[1] > 0:
-        launch = launch_of("attention_forward", q, problem.group)
+        launch = launch_of("attention_forward", q, problem)
         with on_device(q):
             attention_forward[(tiles(q.shape[0] * problem.group, launch.rows, problem), k.shape[1])](
                 q, k, v, out, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], out.stride(0), *problem.arguments,

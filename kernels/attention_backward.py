@@ -241,14 +241,14 @@ def backward(
     strides = [stride for x in (grad, q, k, v) for stride in x.stride()[:2]]
     with on_device(q):
         if dq.numel() > 0 and heads_k > 0:
-            launch = launch_of("attention_dq", q)
+            launch = launch_of("attention_dq", q, problem)
             attention_dq[(tiles(rows, launch.rows, problem), heads_k)](
                 grad, q, k, v, out, lse, dq, per_row, *strides, *out.stride()[:2], dq.stride(0),
                 scale, *problem.arguments, **problem.constants, ROWS=launch.rows, KEYS=launch.columns,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
         if dk.numel() > 0:
-            launch = launch_of("attention_dkdv", q)
+            launch = launch_of("attention_dkdv", q, problem)
             attention_dkdv[(tiles(k.shape[0], launch.columns, problem), heads_k)](
                 grad, q, k, v, dk, dv, per_row, *strides, dk.stride(0), dv.stride(0),
                 scale, *problem.arguments, **problem.constants, ROWS=launch.rows, KEYS=launch.columns,

@@ -64,13 +64,17 @@ def tiles(rows: int, tile_rows: int, problem: Problem) -> int:
     return rows // tile_rows + problem.sequences
 
 
-def launch_of(kernel: str, q: Tensor, group: int = 1) -> Launch:
-    """By the padded head size; float32 has its own entries, as have several query heads to a key head in forward."""
+def launch_of(kernel: str, q: Tensor, problem: Problem) -> Launch:
+    """By the padded head size. Entries of their own: float32; window and softcap together at a head size of 128, whose masked
+    loops want more registers; several query heads to a key head in forward."""
+    size = padded(q.shape[2])
     if q.dtype == torch.float32:
         kernel += "_float32"
-    elif group > 1:
+    elif size == 128 and problem.constants["WINDOW"] and problem.constants["SOFTCAP"]:
+        kernel += "_window_softcap"
+    elif problem.group > 1 and kernel == "attention_forward":
         kernel += "_grouped"
-    return choose(kernel, padded(q.shape[2]), q.device)
+    return choose(kernel, size, q.device)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:

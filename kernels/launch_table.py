@@ -128,6 +128,18 @@ TABLE: dict[str, dict[int, Entries]] = {
             (256, {"rows": 16, "columns": 16, "warps": 8, "stages": 1}),
         ]
     },
+    # bfloat16 at a head size of 128 with window and softcap: the entries above spill.
+    "attention_forward_window_softcap": {
+        80: [(128, {"rows": 128, "columns": 32, "warps": 8, "stages": 2})],
+        90: [(128, {"rows": 128, "columns": 64, "warps": 8, "stages": 2})],
+        120: [(128, {"rows": 128, "columns": 32, "warps": 8, "stages": 2})],
+    },
+    "attention_dq_window_softcap": {
+        80: [(128, {"rows": 128, "columns": 32, "warps": 8, "stages": 1})],
+        90: [(128, {"rows": 128, "columns": 64, "warps": 8, "stages": 2})],
+        120: [(128, {"rows": 128, "columns": 32, "warps": 8, "stages": 1})],
+    },
+    "attention_dkdv_window_softcap": {80: [(128, {"rows": 32, "columns": 64, "warps": 8, "stages": 1})]},
     # rope, by tokens: columns are the values in a tile (tokens x heads x rotated columns), depth the most heads in it.
     "rope": {
         80: [(1 << 62, {"columns": 1024, "depth": 4, "warps": 2, "stages": 3})],

@@ -129,23 +129,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
 
 // dx (empty when it would equal ds), ds, dweight, dbias.
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
-    const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& s, const Tensor& mean, const Tensor& rstd,
-    const std::optional<Tensor>& weight, at::ScalarType dtype, double dropout_p, int64_t seed, bool wants_weight,
-    bool wants_bias) {
+    const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& summed, const Tensor& mean,
+    const Tensor& rstd, const std::optional<Tensor>& weight, at::ScalarType dtype, double dropout_p, int64_t seed,
+    bool wants_weight, bool wants_bias) {
   static const auto reference = reference_of<std::tuple<Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
       const std::optional<Tensor>&, at::ScalarType, double, int64_t, bool, bool)>("fastpt::add_layer_norm_backward");
-  const bool has_dx = dropout_p > 0 || dtype != s.scalar_type();
-  auto dx = at::empty(has_dx ? s.sizes() : at::IntArrayRef{0}, s.options().dtype(dtype));
-  if (!is_native(s) || !is_native(dx))
-    return reference(grad, grad_sum, s, mean, rstd, weight, dtype, dropout_p, seed, wants_weight, wants_bias);
-  const auto g = grad.contiguous(), sc = s.contiguous(), w = wide_parameter(s, weight, "weight", 1);
+  const bool has_dx = dropout_p > 0 || dtype != summed.scalar_type();
+  auto dx = at::empty(has_dx ? summed.sizes() : at::IntArrayRef{0}, summed.options().dtype(dtype));
+  if (!is_native(summed) || !is_native(dx))
+    return reference(grad, grad_sum, summed, mean, rstd, weight, dtype, dropout_p, seed, wants_weight, wants_bias);
+  const auto g = grad.contiguous(), sc = summed.contiguous(), w = wide_parameter(summed, weight, "weight", 1);
   const auto gs = grad_sum ? grad_sum->contiguous() : Tensor();
-  const int64_t D = s.size(-1), rows = rstd.numel();
+  const int64_t D = summed.size(-1), rows = rstd.numel();
   auto ds = at::empty_like(sc), sums = at::zeros({2 * D}, rstd.options());  // dweight, then dbias
   const auto dropout = dropout_of(dropout_p);
-  if (s.numel() > 0) {
-    by_stream(dx, s, [&]<typename X, typename R>() {
+  if (summed.numel() > 0) {
+    by_stream(dx, summed, [&]<typename X, typename R>() {
       const auto kernel = dropout_p > 0 ? FASTPT_BY_ISA(add_layer_norm_backward_rows<X, R, true>)
                                         : FASTPT_BY_ISA(add_layer_norm_backward_rows<X, R, false>);
       const R *gp = g.const_data_ptr<R>(), *gsp = grad_sum ? gs.const_data_ptr<R>() : nullptr,

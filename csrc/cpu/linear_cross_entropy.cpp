@@ -81,17 +81,18 @@ Stats token_stats(HEAD_ARGUMENTS) {
   return {logprob, entropy, max_logit, log_sum, mean_logit, is_top1};
 }
 
-#define STATS_ARGUMENTS                                                                                    \
-  const at::Tensor &dlogprob, const at::Tensor &dentropy, const at::Tensor &dlse, const at::Tensor &dmean, \
+#define STATS_ARGUMENTS                                                                                                \
+  const at::Tensor &dlogprob, const at::Tensor &dentropy, const at::Tensor &dlogsumexp, const at::Tensor &dmean_logit, \
       const at::Tensor &entropy, const at::Tensor &max_logit, const at::Tensor &log_sum
 
 Grads token_stats_backward(STATS_ARGUMENTS, HEAD_ARGUMENTS, std::array<bool, 5> wants) {
   static const auto reference =
       reference_of<Grads(STATS_ARGUMENTS, HEAD_ARGUMENTS, std::array<bool, 5>)>("fastpt::token_stats_backward");
   if (!is_native_head(hidden, weight, low_hidden, class_weight))
-    return reference(dlogprob, dentropy, dlse, dmean, entropy, max_logit, log_sum, HEAD_VALUES, wants);
+    return reference(dlogprob, dentropy, dlogsumexp, dmean_logit, entropy, max_logit, log_sum, HEAD_VALUES, wants);
   Gradients out;
-  const auto dlp = dlogprob.contiguous(), dh = dentropy.contiguous(), dl = dlse.contiguous(), dm = dmean.contiguous();
+  const auto dlp = dlogprob.contiguous(), dh = dentropy.contiguous(), dl = dlogsumexp.contiguous(),
+             dm = dmean_logit.contiguous();
   const auto at = [](const at::Tensor& tensor, int64_t t) { return tensor.const_data_ptr<float>()[t]; };
   by_dtype(hidden, [&]<typename T>() {
     Head<T> head("token_stats", hidden, weight, targets, kept, ignore_index, bias, softcap, logit_scale, wants);

@@ -1,16 +1,18 @@
 """Which kernels serve a call of attention on a CUDA device, and why: FlashAttention where it is installed and right for the
-call, else fastpt's Triton kernels, else the PyTorch reference. `choose` is a pure function of the call and of what is there."""
+call, else fastpt's Triton kernels, else PyTorch's SDPA, else the reference. `choose` is a pure function of the call and of
+what is there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-TRITON, REFERENCE = "Triton", "reference"
-MAX_HEAD_SIZE = 256  # of all of them but the reference
+TRITON, SDPA, REFERENCE = "Triton", "SDPA", "reference"
+MAX_HEAD_SIZE = 256  # of FlashAttention and Triton
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,14 @@ FLASH_ATTENTION = {
 
 
 def choose(call: Call, missing: Mapping[str, str]) -> Choice:
-    """The first of FlashAttention 4, 3, 2, Triton and the reference that is right for the call and not `missing`.
+    """The first of FlashAttention 4, 3, 2, Triton, SDPA and the reference that is right for the call and not `missing`.
 
     `missing`: why a kernel is not there, by its name; one that is not named is there.
     """
     against: list[str] = []
-    for name in (*FLASH_ATTENTION, TRITON):
-        why_not = missing.get(name) or (_unfit_triton(call) if name == TRITON else _unfit(FLASH_ATTENTION[name], call))
+    unfit = {name: partial(_unfit, limits) for name, limits in FLASH_ATTENTION.items()}
+    for name, why in {**unfit, TRITON: _unfit_triton, SDPA: _unfit_sdpa}.items():
+        why_not = missing.get(name) or why(call)
         if why_not is None:
             return Choice(name, "; ".join(against))
         against.append(f"{name}: {why_not}")
@@ -67,6 +70,17 @@ def _unfit_triton(call: Call) -> str | None:
     if call.arch < 80:
         return f"sm_{call.arch}, older than sm_80"
     return f"head size {call.head_size} > {MAX_HEAD_SIZE}" if call.head_size > MAX_HEAD_SIZE else None
+
+
+def _unfit_sdpa(call: Call) -> str | None:
+    """Its memory-efficient kernels; a window would be a mask that grows with the square of the length."""
+    if call.arch < 80:
+        return f"sm_{call.arch}, older than sm_80"
+    if call.head_size % 8 != 0:
+        return f"head size {call.head_size} is no multiple of 8"
+    wanted = {"window": call.window, "softcap": call.softcap, "dropout by seed": call.dropout}
+    lacking = [option for option, is_wanted in wanted.items() if is_wanted]
+    return f"no {' and '.join(lacking)}" if lacking else None
 
 
 def _unfit(limits: Limits, call: Call) -> str | None:

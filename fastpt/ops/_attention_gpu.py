@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpt.ops import _flash_attention as flash
-from fastpt.ops._attention_choice import REFERENCE, TRITON, Call, Choice, choose
+from fastpt.ops._attention_choice import REFERENCE, SDPA, TRITON, Call, Choice, choose
 
 
 @cache
@@ -35,6 +35,10 @@ def forward(
         from fastpt.kernels import attention
 
         return attention.forward(*arguments, dropout_p, seed)
+    if kernel == SDPA:
+        from fastpt.ops import _sdpa
+
+        return _sdpa.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
     if kernel == REFERENCE:
         from fastpt.ops.attention import reference
 
@@ -53,6 +57,10 @@ def backward(
         from fastpt.kernels import attention_backward
 
         return attention_backward.backward(*arguments, dropout_p, seed)
+    if kernel == SDPA:
+        from fastpt.ops import _sdpa
+
+        return _sdpa.backward(grad, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, scale)
     if kernel == REFERENCE:
         from fastpt.ops.attention import reference_backward
 

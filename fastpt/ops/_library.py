@@ -58,6 +58,7 @@ class Op:
     reference: Callable[..., Any]
     cost: Callable[..., Cost]
     triton: Callable[..., Any] | None
+    triton_launcher: str | None  # "module:function"
 
 
 OPS: dict[str, Op] = {}
@@ -79,7 +80,7 @@ def register(
     if kernel is not None:
         LIBRARY.impl(name, kernel, "CUDA")
     overload = getattr(torch.ops.fastpt, name).default
-    OPS[name] = Op(name, overload, reference, cost, kernel)
+    OPS[name] = Op(name, overload, reference, cost, kernel, triton)
     return overload
 
 

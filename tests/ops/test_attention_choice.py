@@ -9,11 +9,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fastpt.ops import _attention_gpu as gpu
 from fastpt.ops import _flash_attention as flash
-from fastpt.ops._attention_choice import FLASH_ATTENTION, REFERENCE, TRITON, Call, choose
+from fastpt.ops import _sdpa as sdpa
+from fastpt.ops._attention_choice import FLASH_ATTENTION, REFERENCE, SDPA, TRITON, Call, choose
 from fastpt.ops.attention import reference, reference_backward
+from tests.helpers import check_against_eager
+from tests.ops.test_attention import eager
 
 BF16 = torch.bfloat16
 NOTHING = dict.fromkeys(FLASH_ATTENTION, "not installed")
@@ -34,7 +38,12 @@ NOTHING = dict.fromkeys(FLASH_ATTENTION, "not installed")
         (Call(90, torch.float32, 128), TRITON),
         (Call(90, BF16, 100), TRITON),
         (Call(90, BF16, 64, dropout=True), TRITON),
-        (Call(90, BF16, 512), REFERENCE),
+        (Call(90, BF16, 512), SDPA),
+        (Call(120, torch.float32, 264), SDPA),
+        (Call(90, BF16, 260), REFERENCE),
+        (Call(90, BF16, 512, window=True), REFERENCE),
+        (Call(90, BF16, 512, softcap=True), REFERENCE),
+        (Call(90, BF16, 512, dropout=True), REFERENCE),
         (Call(75, torch.float16, 64), REFERENCE),
     ],
 )
@@ -46,9 +55,10 @@ def test_the_reasons_name_what_comes_before():
     found = choose(Call(90, BF16, 128), {"FlashAttention 3": "not installed"})
     assert found == ("FlashAttention 2", "FlashAttention 4: not for sm_90; FlashAttention 3: not installed")
     found = choose(Call(80, torch.float32, 512), {"FlashAttention 2": "broken"})
-    assert found.kernel == REFERENCE
+    assert found.kernel == SDPA
     for reason in ("FlashAttention 2: broken", "FlashAttention 3: not for sm_80", "Triton: head size 512 > 256"):
         assert reason in found.reason
+    assert "SDPA: no window and softcap" in choose(Call(90, BF16, 512, window=True, softcap=True), {}).reason
     dropped = choose(Call(90, BF16, 64, dropout=True), {}).reason
     assert "FlashAttention 3: drops by a rule of its own" in dropped
 
@@ -56,7 +66,63 @@ def test_the_reasons_name_what_comes_before():
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
 def test_without_flash_attention_ours(arch):
     assert choose(Call(arch, BF16, 96, window=True, softcap=True, dropout=True), NOTHING).kernel == TRITON
-    assert choose(Call(arch, BF16, 96), {**NOTHING, TRITON: "not installed"}).kernel == REFERENCE
+    assert choose(Call(arch, BF16, 96), {**NOTHING, TRITON: "not installed"}).kernel == SDPA
+
+
+def packed(dtype, *, head_size=264, tokens_k=40):
+    return [torch.randn(n, h, head_size).to(dtype).requires_grad_() for n, h in ((33, 4), (tokens_k, 2), (tokens_k, 2))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("lengths_q", "lengths_k"),
+    [([0, 33], [0, 40]), ([0, 20, 20, 33], [0, 20, 27, 40]), ([0, 12, 13, 33], [0, 7, 40, 40])],
+)
+def test_sdpa_where_it_is_chosen(lengths_q, lengths_k, causal, dtype, monkeypatch):
+    """Fewer queries than keys and more, one query, none, no key; the CPU's SDPA stands for the GPU's."""
+    monkeypatch.setattr(gpu, "_kernel", lambda *_: SDPA)
+    q, k, v = packed(dtype)
+    bounds = [torch.tensor(x, dtype=torch.int32) for x in (lengths_q, lengths_k)]
+
+    def by_sdpa(*qkv):
+        return _BySDPA.apply(*qkv, *bounds, causal)
+
+    def by_definition(q, k, v):
+        return eager(q, k, v, cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1], causal=causal, scale=0.1)
+
+    check_against_eager(by_sdpa, by_definition, [q, k, v], dtype=dtype)
+    plain = [x.detach() for x in (q, k, v)]
+    out, lse = gpu.forward(*plain, *bounds, causal, None, None, 0.1)
+    expected = reference(*plain, *bounds, causal, None, None, 0.1)
+    torch.testing.assert_close(lse, expected[1], rtol=1e-4, atol=1e-4)
+    assert out.isfinite().all()
+
+
+class _BySDPA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, causal):
+        out, lse = gpu.forward(q, k, v, cu_q, cu_k, causal, None, None, 0.1)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        ctx.causal = causal
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *gpu.backward(grad, *ctx.saved_tensors, ctx.causal, None, None, 0.1), None, None, None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_sdpa_calls_the_gpus_kernels_as_they_are_declared(dtype):
+    """On fake CUDA tensors: the arguments fit, and every result has its place."""
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = (torch.empty(1, 4, 40, 264, device="cuda", dtype=dtype) for _ in range(3))
+        out, lse = sdpa._attend(q, k, v, True, 0.1)
+        padded = lse.new_empty(1, 4, 64)
+        gradients = sdpa._attend_backward(out, q, k, v, out, padded, True, 0.1)
+    assert (out.device.type, out.shape, lse.dtype) == ("cuda", q.shape, torch.float32)
+    assert lse.shape == padded.shape
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
 
 
 def test_what_is_missing_here(monkeypatch):
