@@ -170,7 +170,7 @@ def launch_forward(
 
 def launch_backward(
     grad: Tensor, grad_sum: Tensor | None, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, *,
-    wants_weight: bool, wants_bias: bool, offset: float = 0.0,
+    weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, offset: float = 0.0,
     branch_dtype: torch.dtype | None = None, dropout_p: float = 0.0, seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of what was normed, of the branch where it has one of its own, of weight and of bias; empty where not."""
@@ -178,13 +178,14 @@ def launch_backward(
     ds = torch.empty_like(x, memory_format=torch.contiguous_format)
     has_dx = branch_dtype is not None and (dropout_p > 0 or branch_dtype != x.dtype)
     dx = x.new_empty(x.shape if has_dx else 0, dtype=branch_dtype)
+    dtypes = (weight_dtype, bias_dtype)
     if x.numel() == 0:
-        return ds, dx, *(rstd.new_zeros(d if wants else 0) for wants in (wants_weight, wants_bias))
+        return ds, dx, *(rstd.new_zeros(0 if t is None else d, dtype=t) for t in dtypes)
     grad, x, grad_sum = rows_of(grad), rows_of(x), None if grad_sum is None else rows_of(grad_sum)
     grid, constants = _tiles("norm_backward", x.shape, grad, x, grad_sum)
-    apart = (wants_weight + wants_bias) * d > MOST_SUMS
+    apart = sum(t is not None for t in dtypes) * d > MOST_SUMS
     sums_grid, sums_constants = column_tiles("norm_parameter_sums", x) if apart else (grid, {})
-    partial = [rstd.new_empty(sums_grid[0], d) if wants else None for wants in (wants_weight, wants_bias)]
+    partial = [None if t is None else rstd.new_empty(sums_grid[0], d) for t in dtypes]
     *dropout, scale = rule(dropout_p, seed)
     with on_device(x):
         norm_backward[grid](
@@ -197,7 +198,7 @@ def launch_backward(
             norm_parameter_sums[sums_grid](
                 grad, x, mean, rstd, *partial, x.shape[0], grad.stride(0), x.stride(0), d, **sums_constants
             )
-        sums = add_up(*partial)
+        sums = add_up(*partial, *dtypes)
     return ds, dx, *(rstd.new_empty(0) if s is None else s for s in sums)
 
 

@@ -102,6 +102,19 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def gradient_dtype(parameter: torch.Tensor | None) -> torch.dtype | None:
+    """The dtype to store a parameter's gradient in, so that autograd has nothing to cast; None where it wants none.
+
+    To be asked in forward: checkpointing's backward sees copies, which do not know the parameter's grad_dtype.
+    """
+    if parameter is None or not parameter.requires_grad:
+        return None
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    if torch.compiler.is_compiling():  # cannot read a grad_dtype; the cast is part of its graph
+        return wide
+    return (parameter.grad_dtype or wide) if parameter.is_leaf else parameter.dtype
+
+
 def _by_dtype(triton: str, reference: Callable) -> Callable:
     """The Triton kernel, but for float64 the reference."""
     kernel = _imported_on_first_call(triton)

@@ -34,16 +34,16 @@ def traffic(make: Make) -> Inputs:
 
 def floor(grad: Tensor, ids: Tensor, rows: int, padding_idx: int) -> tuple[int, int]:
     """Of a dense gradient every row is written, zero or not: more than the op's cost, which counts the rows in use."""
-    cost = OPS["embedding_backward"].cost(grad, ids, rows, padding_idx)
-    return cost.bytes_read + 4 * rows * grad.shape[-1], 0
+    cost = OPS["embedding_backward"].cost(grad, ids, rows, padding_idx, grad.dtype)
+    return cost.bytes_read + grad.element_size() * rows * grad.shape[-1], 0
 
 
 CASES = [
     Case(
         op="embedding",
         name="embedding backward",
-        function=OPS["embedding_backward"].overload,
-        reference=reference_backward,
+        function=lambda grad, *rest: OPS["embedding_backward"].overload(grad, *rest, grad.dtype),
+        reference=lambda grad, *rest: reference_backward(grad, *rest, grad.dtype),
         numbers=numbers,
         real=real,
         traffic=traffic,
