@@ -80,7 +80,7 @@ def test_non_contiguous_and_expanded(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_that_lie_apart(dtype):
-    qkv = torch.randn(2, 3, 4, 3 * 64).requires_grad_()  # what the projection of q, k and v gives
+    qkv = torch.randn(2, 7, 5, 3 * 64).requires_grad_()  # what the projection of q, k and v gives
     for part in range(3):
         check_against_eager(
             lambda x, w, part=part: fused("llama")(x[..., 64 * part : 64 * (part + 1)], w),
