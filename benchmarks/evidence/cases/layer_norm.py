@@ -46,7 +46,7 @@ def add_numbers(make: Make) -> Iterator[Inputs]:
 
 
 def real(make: Make) -> Iterator[Inputs]:
-    for rows, d in ((16384, 768), (8192, 4096), (4096, 8192)):
+    for rows, d in ((16384, 768), (8192, 4096), (4096, 8192), (2048, 16384)):
         yield Inputs(f"{rows}x{d}", (make(rows, d, grad=True), *parameters(make, d), EPS))
 
 
@@ -54,6 +54,9 @@ def add_real(make: Make) -> Iterator[Inputs]:
     for rows, d in ((16384, 768), (8192, 4096)):
         streams = (make(rows, d, grad=True), make(rows, d, grad=True))
         yield Inputs(f"{rows}x{d}, dropout", (*streams, *parameters(make, d), EPS), DROPOUT)
+    for dtype in (None, torch.float32):
+        streams = (make(2048, 16384, grad=True), make(2048, 16384, dtype=dtype, grad=True))
+        yield Inputs(f"2048x16384, residual {dtype or 'alike'}", (*streams, *parameters(make, 16384), EPS))
     streams = (make(16384, 768, grad=True), make(16384, 768, dtype=torch.float32, grad=True))
     yield Inputs("16384x768 beside float32", (*streams, *parameters(make, 768), EPS), DROPOUT)
 
