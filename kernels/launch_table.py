@@ -44,6 +44,14 @@ TABLE: dict[str, dict[int, Entries]] = {
     "norm_backward": {80: _norm_backward(wide=1), 90: _norm_backward(wide=2), 120: _norm_backward(wide=1)},
     "norm_parameter_sums": {80: [(1 << 62, {"rows": 2, "columns": 1024, "warps": 4, "stages": 4, "per_processor": 3})]},
     "column_sums": {80: [(1 << 62, {"rows": 32, "columns": 64, "warps": 4})]},
+    # dora_norm, by bytes of the padded rank of one row: depth is the piece of the rank in registers.
+    "dora_norm": {
+        80: [
+            (32, {"rows": 128, "columns": 64, "depth": 16, "warps": 8, "stages": 4, "per_processor": 2}),
+            (1 << 62, {"rows": 128, "columns": 64, "depth": 16, "warps": 8, "stages": 3, "per_processor": 2}),
+        ]
+    },
+    "dora_norm_join": {80: [(1 << 62, {"rows": 8, "columns": 128, "warps": 4})]},
     # rows x columns: query rows x keys of a tile; the limit is the padded head size. See kernels/attention_tiles.py.
     "attention_forward": {
         80: [

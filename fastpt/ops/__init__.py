@@ -5,6 +5,7 @@ from fastpt.ops.attention import attention
 from fastpt.ops.bias_gelu import bias_gelu
 from fastpt.ops.cross_entropy import cross_entropy, cross_entropy_and_gradient
 from fastpt.ops.decode import decode_block, decode_logits
+from fastpt.ops.dora_norm import dora_norm
 from fastpt.ops.embedding import embedding
 from fastpt.ops.geglu import geglu
 from fastpt.ops.layer_norm import add_layer_norm, layer_norm
@@ -27,6 +28,7 @@ __all__ = [
     "cross_entropy_and_gradient",
     "decode_block",
     "decode_logits",
+    "dora_norm",
     "embedding",
     "geglu",
     "grad_norm",

@@ -109,10 +109,11 @@ def gradient_dtype(parameter: torch.Tensor | None) -> torch.dtype | None:
     """
     if parameter is None or not parameter.requires_grad:
         return None
-    wide = torch.promote_types(parameter.dtype, torch.float32)
     if torch.compiler.is_compiling():  # cannot read a grad_dtype; the cast is part of its graph
-        return wide
-    return (parameter.grad_dtype or wide) if parameter.is_leaf else parameter.dtype
+        return torch.promote_types(parameter.dtype, torch.float32)
+    if not parameter.is_leaf:
+        return parameter.dtype
+    return parameter.grad_dtype or torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _by_dtype(triton: str, reference: Callable) -> Callable:
