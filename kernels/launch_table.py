@@ -44,11 +44,13 @@ TABLE: dict[str, dict[int, Entries]] = {
     "norm_backward": {80: _norm_backward(wide=1), 90: _norm_backward(wide=2), 120: _norm_backward(wide=1)},
     "norm_parameter_sums": {80: [(1 << 62, {"rows": 2, "columns": 1024, "warps": 4, "stages": 4, "per_processor": 3})]},
     "column_sums": {80: [(1 << 62, {"rows": 32, "columns": 64, "warps": 4})]},
-    # dora_norm, by bytes of the padded rank of one row: depth is the piece of the rank in registers.
+    # dora_norm, by the bytes of the padded rank of one column of A: depth is the most of the rank that is not cut.
     "dora_norm": {
         80: [
-            (32, {"rows": 128, "columns": 64, "depth": 16, "warps": 8, "stages": 4, "per_processor": 2}),
-            (1 << 62, {"rows": 128, "columns": 64, "depth": 16, "warps": 8, "stages": 3, "per_processor": 2}),
+            (32, {"rows": 256, "columns": 64, "depth": 16, "warps": 16, "stages": 3}),
+            (64, {"rows": 256, "columns": 32, "depth": 32, "warps": 8, "stages": 4}),
+            (128, {"rows": 128, "columns": 64, "depth": 64, "warps": 8, "stages": 3}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "per_processor": 4}),
         ]
     },
     "dora_norm_join": {80: [(1 << 62, {"rows": 8, "columns": 128, "warps": 4})]},

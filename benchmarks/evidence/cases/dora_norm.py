@@ -30,7 +30,8 @@ def real(make: Make) -> Iterator[Inputs]:
     for out, width in ((4096, 4096), (14336, 4096), (1024, 4096)):
         for dtype in (None, torch.float32):
             yield Inputs(f"{out}x{width}, rank 16, adapters {dtype or 'alike'}", tensors(make, out, width, 16, dtype))
-    yield Inputs("4096x4096, rank 64", tensors(make, 4096, 4096, 64, torch.float32))
+    yield Inputs("4096x4096, rank 32, adapters torch.float32", tensors(make, 4096, 4096, 32, torch.float32))
+    yield Inputs("4096x4096, rank 128, adapters alike", tensors(make, 4096, 4096, 128))
 
 
 def traffic(make: Make) -> Inputs:
