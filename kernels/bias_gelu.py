@@ -69,19 +69,19 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 
 
 def backward(
-    grad: Tensor, x: Tensor, bias: Tensor | None, approximate: str, wants_bias: bool
+    grad: Tensor, x: Tensor, bias: Tensor | None, approximate: str, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     check_same_shape("bias_gelu_backward", grad=grad, x=x)
     d, tanh = x.shape[-1], is_tanh("bias_gelu", approximate)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
-        return dx, x.new_zeros(d if wants_bias else 0, dtype=torch.float32)
+        return dx, x.new_zeros(d if bias_dtype else 0, dtype=bias_dtype or torch.float32)
     grad, x, bias = rows_of(grad), rows_of(x), None if bias is None else bias.contiguous()
     grid, constants = column_tiles("bias_gelu_backward", x)
-    partial = x.new_empty(grid[0], d, dtype=torch.float32) if wants_bias else None
+    partial = None if bias_dtype is None else x.new_empty(grid[0], d, dtype=torch.float32)
     with on_device(x):
         bias_gelu_backward[grid](
             grad, x, bias, dx, partial, x.shape[0], grad.stride(0), x.stride(0), d, IS_TANH=tanh, **constants
         )
-        dbias, _ = add_up(partial, None)
+        dbias, _ = add_up(partial, None, bias_dtype, None)
     return dx, x.new_empty(0, dtype=torch.float32) if dbias is None else dbias

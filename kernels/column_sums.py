@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,13 +33,16 @@ def _sum_of_columns(ptr, column, n_rows, d, ROWS: tl.constexpr, COLUMNS: tl.cons
     return tl.sum(total, 0)
 
 
-def add_up(first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The column sums of one or two float32 matrices [programs, D] in one launch (none where both are None)."""
+def add_up(
+    first: Tensor | None, second: Tensor | None, *dtypes: torch.dtype | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The column sums of one or two float32 matrices [programs, D], each stored in its dtype, in one launch (none where both
+    are None)."""
     partial = first if first is not None else second
     if partial is None:
         return None, None
     n_rows, d = partial.shape
-    sums = [None if p is None else p.new_empty(d) for p in (first, second)]
+    sums = [None if p is None else p.new_empty(d, dtype=t) for p, t in zip((first, second), dtypes, strict=True)]
     launch = choose("column_sums", d, partial.device)
     column_sums[(triton.cdiv(d, launch.columns),)](
         first, sums[0], second, sums[1], n_rows, d, ROWS=launch.rows, COLUMNS=launch.columns, num_warps=launch.warps

@@ -70,13 +70,13 @@ def embedding_join(
         tl.store(out_ptr + row.to(tl.int64) * columns + column, total, mask=column < columns)
 
 
-def backward(grad: Tensor, ids: Tensor, rows: int, padding_idx: int) -> Tensor:
+def backward(grad: Tensor, ids: Tensor, rows: int, padding_idx: int, dtype: torch.dtype) -> Tensor:
     if grad.dim() == 0 or grad.shape[:-1] != ids.shape:
         raise RuntimeError(
             f"embedding_backward: grad is {list(grad.shape)}, ids are {list(ids.shape)}; grad must be ids' + [D]"
         )
     columns, tokens = grad.shape[-1], ids.numel()
-    out = grad.new_zeros(rows, columns, dtype=torch.float32)
+    out = grad.new_zeros(rows, columns, dtype=dtype)
     if grad.numel() == 0:
         return out
     grad = grad.reshape(tokens, columns)

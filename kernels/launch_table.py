@@ -11,10 +11,22 @@ Entries = list[tuple[int, dict[str, int]]]
 
 def _norm_forward(stages: int) -> Entries:
     return [
+        (2048, {"columns": 2048, "warps": 4, "stages": stages, "per_processor": 4}),  # 8 warps load a weight by 8 bytes
         (16384, {"columns": 4096, "warps": 8, "stages": stages, "per_processor": 2}),
         (32768, {"columns": 4096, "warps": 16, "stages": 3}),
         (65536, {"columns": 4096, "warps": 32, "stages": 2}),
         (1 << 62, {"columns": 4096, "warps": 32}),
+    ]
+
+
+def _norm_backward(wide: int) -> Entries:
+    """`wide` are the stages of 16384 columns with a residual, whose registers only shared memory relieves."""
+    return [
+        (24576, {"columns": 4096, "warps": 8, "stages": 3, "per_processor": 2}),
+        (49152, {"columns": 4096, "warps": 16, "stages": 3}),
+        (98304, {"columns": 4096, "warps": 16}),
+        (131072, {"columns": 4096, "warps": 16, "stages": wide}),
+        (1 << 62, {"columns": 4096, "warps": 16}),
     ]
 
 
@@ -29,15 +41,19 @@ TABLE: dict[str, dict[int, Entries]] = {
     # norm_rows.py: the size is the bytes of one row of everything that is loaded, of which `stages - 1` are in shared memory;
     # `columns` are the values of a tile, as many short rows as that takes.
     "norm_forward": {80: _norm_forward(stages=3), 90: _norm_forward(stages=5), 120: _norm_forward(stages=3)},
-    "norm_backward": {
-        80: [
-            (24576, {"columns": 4096, "warps": 8, "stages": 3, "per_processor": 2}),
-            (49152, {"columns": 4096, "warps": 16, "stages": 3}),
-            (1 << 62, {"columns": 4096, "warps": 16}),
-        ]
-    },
+    "norm_backward": {80: _norm_backward(wide=1), 90: _norm_backward(wide=2), 120: _norm_backward(wide=1)},
     "norm_parameter_sums": {80: [(1 << 62, {"rows": 2, "columns": 1024, "warps": 4, "stages": 4, "per_processor": 3})]},
     "column_sums": {80: [(1 << 62, {"rows": 32, "columns": 64, "warps": 4})]},
+    # dora_norm, by the bytes of the padded rank of one column of A: depth is the most of the rank that is not cut.
+    "dora_norm": {
+        80: [
+            (32, {"rows": 256, "columns": 64, "depth": 16, "warps": 16, "stages": 3}),
+            (64, {"rows": 256, "columns": 32, "depth": 32, "warps": 8, "stages": 4}),
+            (128, {"rows": 128, "columns": 64, "depth": 64, "warps": 8, "stages": 3}),
+            (1 << 62, {"rows": 64, "columns": 64, "depth": 32, "warps": 4, "per_processor": 4}),
+        ]
+    },
+    "dora_norm_join": {80: [(1 << 62, {"rows": 8, "columns": 128, "warps": 4})]},
     # rows x columns: query rows x keys of a tile; the limit is the padded head size. See kernels/attention_tiles.py.
     "attention_forward": {
         80: [

@@ -18,10 +18,16 @@ def forward(
 
 
 def backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, wants_weight: bool, wants_bias: bool
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, _, dweight, dbias = launch_backward(
-        grad, None, x, mean, rstd, weight, wants_weight=wants_weight, wants_bias=wants_bias
+        grad, None, x, mean, rstd, weight, weight_dtype=weight_dtype, bias_dtype=bias_dtype
     )
     return dx, dweight, dbias
 
@@ -53,11 +59,11 @@ def add_backward(
     dtype: torch.dtype,
     dropout_p: float,
     seed: int,
-    wants_weight: bool,
-    wants_bias: bool,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ds, dx, dweight, dbias = launch_backward(
-        grad, grad_sum, summed, mean, rstd, weight, wants_weight=wants_weight, wants_bias=wants_bias,
+        grad, grad_sum, summed, mean, rstd, weight, weight_dtype=weight_dtype, bias_dtype=bias_dtype,
         branch_dtype=dtype, dropout_p=dropout_p, seed=seed,
     )  # fmt: skip
     return dx, ds, dweight, dbias

@@ -7,8 +7,6 @@ the weight's gradient passes through one float32 row a program.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -20,24 +18,32 @@ from .launch import choose, on_device, processors, rows_of
 
 # Values of dweight and dbias that a program's registers hold beside its row; for wider rows a kernel of its own sums them.
 MOST_SUMS = 8192
+# Bytes of what LayerNorm loads of a row up to which a program keeps weight and bias; beside wider ones it reads them again.
+MOST_KEPT = 49152
+
+
+@triton.jit
+def _parameter(ptr, column, inside, OFFSET: tl.constexpr):
+    parameter = inside  # none: not looked at
+    if ptr is not None:
+        parameter = tl.load(ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    return parameter
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])  # else a kernel for every 16th seed
 def norm_forward(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, summed_ptr, mean_ptr, rstd_ptr,
     n_rows, x_stride, residual_stride, seed_low, seed_high, threshold, scale,
-    EPS: tl.constexpr, OFFSET: tl.constexpr, CASTS_FIRST: tl.constexpr, DROPS: tl.constexpr,
+    EPS: tl.constexpr, OFFSET: tl.constexpr, CASTS_FIRST: tl.constexpr, DROPS: tl.constexpr, KEEPS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = norm(x) or norm(dropout(x) + residual), for RMSNorm without and for LayerNorm with a mean_ptr."""
     column = tl.arange(0, COLUMNS)
     inside = column < D
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    if KEEPS:
+        weight, bias = _parameter(weight_ptr, column, inside, OFFSET), _parameter(bias_ptr, column, inside, 0.0)
         if CASTS_FIRST:  # offset + weight is a tensor of its own there, in the weight's dtype
             weight = weight.to(weight_ptr.dtype.element_ty).to(tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         mask = (row < n_rows)[:, None] & inside[None, :]
@@ -60,6 +66,8 @@ def norm_forward(
         y = x * rstd[:, None]
         if CASTS_FIRST:
             y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        if not KEEPS:
+            weight, bias = _parameter(weight_ptr, column, inside, OFFSET), _parameter(bias_ptr, column, inside, 0.0)
         if weight_ptr is not None:
             y *= weight[None, :]
         if bias_ptr is not None:
@@ -71,14 +79,14 @@ def norm_forward(
 def norm_backward(
     grad_ptr, grad_sum_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, ds_ptr, dx_ptr, dweight_ptr, dbias_ptr,
     n_rows, grad_stride, grad_sum_stride, x_stride, seed_low, seed_high, threshold, scale,
-    OFFSET: tl.constexpr, DROPS: tl.constexpr,
+    OFFSET: tl.constexpr, DROPS: tl.constexpr, KEEPS: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ds, the gradient of what was normed; dx, that of the branch before dropout; a program's own sums of dweight and dbias."""
     column = tl.arange(0, COLUMNS)
     inside = column < D
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    if KEEPS:
+        weight = _parameter(weight_ptr, column, inside, OFFSET)
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
     dbias = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
@@ -94,6 +102,8 @@ def norm_backward(
             dweight += grad * normed
         if dbias_ptr is not None:
             dbias += grad
+        if not KEEPS:
+            weight = _parameter(weight_ptr, column, inside, OFFSET)
         if weight_ptr is not None:
             grad *= weight[None, :]
         ds = grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]
@@ -157,20 +167,22 @@ def launch_forward(
     if x.numel() == 0:
         return y, summed, *(n if n is None else n.fill_(torch.nan) for n in (mean, rstd))
     x, residual = rows_of(x), None if residual is None else rows_of(residual)
-    grid, constants = _tiles("norm_forward", x.shape, x, residual)
+    weight, bias = _dense(weight), _dense(bias)
+    keeps = not has_mean or _padded_row(x, residual) <= MOST_KEPT
+    grid, constants = _tiles("norm_forward", x, residual, *(() if keeps else (weight, bias)))
     *dropout, scale = rule(dropout_p, seed)
     with on_device(x):
         norm_forward[grid](
-            x, residual, _dense(weight), _dense(bias), y, summed, mean, rstd,
+            x, residual, weight, bias, y, summed, mean, rstd,
             x.shape[0], x.stride(0), 0 if residual is None else residual.stride(0), *dropout, scale,
-            EPS=eps, OFFSET=offset, CASTS_FIRST=casts_first, DROPS=dropout_p > 0, **constants,
+            EPS=eps, OFFSET=offset, CASTS_FIRST=casts_first, DROPS=dropout_p > 0, KEEPS=keeps, **constants,
         )  # fmt: skip
     return y, summed, mean, rstd
 
 
 def launch_backward(
     grad: Tensor, grad_sum: Tensor | None, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, *,
-    wants_weight: bool, wants_bias: bool, offset: float = 0.0,
+    weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None, offset: float = 0.0,
     branch_dtype: torch.dtype | None = None, dropout_p: float = 0.0, seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of what was normed, of the branch where it has one of its own, of weight and of bias; empty where not."""
@@ -178,26 +190,28 @@ def launch_backward(
     ds = torch.empty_like(x, memory_format=torch.contiguous_format)
     has_dx = branch_dtype is not None and (dropout_p > 0 or branch_dtype != x.dtype)
     dx = x.new_empty(x.shape if has_dx else 0, dtype=branch_dtype)
+    dtypes = (weight_dtype, bias_dtype)
     if x.numel() == 0:
-        return ds, dx, *(rstd.new_zeros(d if wants else 0) for wants in (wants_weight, wants_bias))
+        return ds, dx, *(rstd.new_zeros(0 if t is None else d, dtype=t) for t in dtypes)
     grad, x, grad_sum = rows_of(grad), rows_of(x), None if grad_sum is None else rows_of(grad_sum)
-    grid, constants = _tiles("norm_backward", x.shape, grad, x, grad_sum)
-    apart = (wants_weight + wants_bias) * d > MOST_SUMS
+    weight, keeps = _dense(weight), mean is None or _padded_row(x, grad, grad_sum) <= MOST_KEPT
+    grid, constants = _tiles("norm_backward", x, grad, grad_sum, None if keeps else weight)
+    apart = sum(t is not None for t in dtypes) * d > MOST_SUMS
     sums_grid, sums_constants = column_tiles("norm_parameter_sums", x) if apart else (grid, {})
-    partial = [rstd.new_empty(sums_grid[0], d) if wants else None for wants in (wants_weight, wants_bias)]
+    partial = [None if t is None else rstd.new_empty(sums_grid[0], d) for t in dtypes]
     *dropout, scale = rule(dropout_p, seed)
     with on_device(x):
         norm_backward[grid](
-            grad, grad_sum, x, mean, rstd, _dense(weight), ds, dx if has_dx else None,
+            grad, grad_sum, x, mean, rstd, weight, ds, dx if has_dx else None,
             *((None, None) if apart else partial),
             x.shape[0], grad.stride(0), 0 if grad_sum is None else grad_sum.stride(0), x.stride(0), *dropout, scale,
-            OFFSET=offset, DROPS=dropout_p > 0, **constants,
+            OFFSET=offset, DROPS=dropout_p > 0, KEEPS=keeps, **constants,
         )  # fmt: skip
         if apart:
             norm_parameter_sums[sums_grid](
                 grad, x, mean, rstd, *partial, x.shape[0], grad.stride(0), x.stride(0), d, **sums_constants
             )
-        sums = add_up(*partial)
+        sums = add_up(*partial, *dtypes)
     return ds, dx, *(rstd.new_empty(0) if s is None else s for s in sums)
 
 
@@ -205,11 +219,16 @@ def _dense(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
-def _tiles(kernel: str, shape: Sequence[int], *loaded: Tensor | None) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and tile. The table's size is the bytes of one padded row of everything loaded: what a stage holds of a row."""
-    columns = triton.next_power_of_2(shape[1])
-    launch = choose(kernel, columns * sum(t.element_size() for t in loaded if t is not None), loaded[0].device)
+def _padded_row(x: Tensor, *others: Tensor | None) -> int:
+    """Bytes of one padded row of everything loaded: what a stage holds of a row."""
+    return triton.next_power_of_2(x.shape[1]) * sum(t.element_size() for t in (x, *others) if t is not None)
+
+
+def _tiles(kernel: str, x: Tensor, *others: Tensor | None) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and tile; the table's size is the padded row."""
+    columns = triton.next_power_of_2(x.shape[1])
+    launch = choose(kernel, _padded_row(x, *others), x.device)
     rows = max(1, launch.columns // columns)
-    programs = min(triton.cdiv(shape[0], rows), processors(loaded[0].device) * launch.per_processor)
-    tile = {"D": shape[1], "ROWS": rows, "COLUMNS": columns, "STAGES": launch.stages}
+    programs = min(triton.cdiv(x.shape[0], rows), processors(x.device) * launch.per_processor)
+    tile = {"D": x.shape[1], "ROWS": rows, "COLUMNS": columns, "STAGES": launch.stages}
     return (programs,), {**tile, "num_warps": launch.warps}

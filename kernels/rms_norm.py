@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .launch import check_parameter, check_same_shape
@@ -28,9 +29,15 @@ def add_forward(
 
 
 def backward(
-    grad: Tensor, grad_sum: Tensor | None, x: Tensor, rstd: Tensor, weight: Tensor, offset: float, wants_weight: bool
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    offset: float,
+    weight_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     dx, _, dweight, _ = launch_backward(
-        grad, grad_sum, x, None, rstd, weight, wants_weight=wants_weight, wants_bias=False, offset=offset
+        grad, grad_sum, x, None, rstd, weight, weight_dtype=weight_dtype, bias_dtype=None, offset=offset
     )
     return dx, dweight

@@ -19,7 +19,7 @@ def cases(device: str, dtype: torch.dtype, toy: bool) -> Iterator[Case]:
         plain = x.detach(), bias.detach()
         for form in ("none", "tanh"):
             forward = OPS["bias_gelu"].cost(x, bias, form)
-            backward = OPS["bias_gelu_backward"].cost(x, x, bias, form, True)
+            backward = OPS["bias_gelu_backward"].cost(x, x, bias, form, bias.dtype)
             shape, name = f"{tokens}x{width} {form}", str(dtype).removeprefix("torch.")
             functions = {
                 "fastpt": lambda x, b, form=form: bias_gelu(x, b, approximate=form),

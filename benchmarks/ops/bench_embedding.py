@@ -22,7 +22,7 @@ def cases(device: str, dtype: torch.dtype, toy: bool) -> Iterator[Case]:
     weight.requires_grad_().grad_dtype = torch.float32
     ids = (torch.rand(tokens, device=device) ** 4 * rows).long()  # crowded at the low end, as the ids of language are
     grad = torch.randn(tokens, width, device=device, dtype=dtype)
-    cost = OPS["embedding"].cost(ids, weight) + OPS["embedding_backward"].cost(grad, ids, rows, -1)
+    cost = OPS["embedding"].cost(ids, weight) + OPS["embedding_backward"].cost(grad, ids, rows, -1, dtype)
     for is_read in (False, True):
         providers = {
             "fastpt": _step(embedding, weight, ids, grad, is_read),

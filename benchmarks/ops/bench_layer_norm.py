@@ -29,7 +29,7 @@ def cases(device: str, dtype: torch.dtype, toy: bool) -> Iterator[Case]:
             "eager": lambda x, w, b: reference(x, w, b, EPS),
         }
         forward = OPS["layer_norm"].cost(x, weight, bias, EPS)
-        backward = OPS["layer_norm_backward"].cost(x, x, numbers, numbers, weight, True, True)
+        backward = OPS["layer_norm_backward"].cost(x, x, numbers, numbers, weight, weight.dtype, weight.dtype)
         yield from _pair("layer_norm", "", norms, (x, weight, bias), forward, backward)
         for name, p in (("", 0.0), (" dropout", 0.1)):
             sums: dict[str, Callable] = {
@@ -38,7 +38,7 @@ def cases(device: str, dtype: torch.dtype, toy: bool) -> Iterator[Case]:
             }
             forward = OPS["add_layer_norm"].cost(x, residual, weight, bias, EPS, p, 1)
             backward = OPS["add_layer_norm_backward"].cost(
-                x, None, x, numbers, numbers, weight, dtype, p, 1, True, True
+                x, None, x, numbers, numbers, weight, dtype, p, 1, weight.dtype, weight.dtype
             )
             yield from _pair("add_layer_norm", name, sums, (x, residual, weight, bias), forward, backward)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.harness import Case, forward_backward
 from fastpt.ops import add_rms_norm, rms_norm
-from fastpt.ops._library import OPS
+from fastpt.ops._library import OPS, gradient_dtype
 from fastpt.ops.rms_norm import reference
 
 EPS = 1e-5
@@ -37,7 +37,7 @@ def cases(device: str, dtype: torch.dtype, toy: bool) -> Iterator[Case]:
         yield _case(op, "", x, "forward", {k: _call(f, *plain, weight) for k, f in functions.items()}, forward)
         for name, w in (("frozen", weight), ("trained", weight.clone().requires_grad_())):
             backward = OPS["rms_norm_backward"].cost(
-                x, x if op == "add_rms_norm" else None, x, rstd, weight, 0.0, w.requires_grad
+                x, x if op == "add_rms_norm" else None, x, rstd, weight, 0.0, gradient_dtype(w)
             )
             both = {k: forward_backward(f, *inputs, w) for k, f in functions.items()}
             yield _case(op, f" {name}", x, "forward+backward", both, forward + backward)

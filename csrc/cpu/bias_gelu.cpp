@@ -52,17 +52,17 @@ Tensor bias_gelu(const Tensor& x, const std::optional<Tensor>& bias, std::string
 }
 
 std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x, const std::optional<Tensor>& bias,
-                                              std::string_view approximate, bool wants_bias) {
-  static const auto reference =
-      reference_of<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                                              std::string_view, bool)>("fastpt::bias_gelu_backward");
+                                              std::string_view approximate, std::optional<at::ScalarType> bias_dtype) {
+  static const auto reference = reference_of<std::tuple<Tensor, Tensor>(
+      const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view, std::optional<at::ScalarType>)>(
+      "fastpt::bias_gelu_backward");
   const bool tanh = is_tanh(approximate);
   const auto b = wide_bias(x, bias);
-  if (!is_native(x)) return reference(grad, x, bias, approximate, wants_bias);
+  if (!is_native(x)) return reference(grad, x, bias, approximate, bias_dtype);
   const auto g = grad.contiguous(), xc = x.contiguous();
   const int64_t D = x.size(-1), rows = D == 0 ? 0 : x.numel() / D;
-  auto dx = at::empty_like(xc), dbias = at::zeros({wants_bias ? D : 0}, b.options());
-  if (x.numel() == 0) return {dx, dbias};
+  auto dx = at::empty_like(xc), dbias = at::zeros({bias_dtype ? D : 0}, b.options());
+  if (x.numel() == 0) return {dx, stored(dbias, bias_dtype)};
   by_dtype(x, [&]<typename T>() {
     const auto kernel =
         tanh ? FASTPT_BY_ISA(bias_gelu_backward_rows<T, true>) : FASTPT_BY_ISA(bias_gelu_backward_rows<T, false>);
@@ -72,13 +72,13 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& 
     const auto block = [&](int64_t lo, int64_t hi, float* partial) {
       kernel(hi - lo, D, gp + lo * D, xp + lo * D, bp, dxp + lo * D, partial);
     };
-    if (wants_bias) {
+    if (bias_dtype) {
       dbias = sum_row_blocks(rows, D, D, b.options(), block);
     } else {
       at::parallel_for(0, rows, row_grain(D), [&](int64_t lo, int64_t hi) { block(lo, hi, nullptr); });
     }
   });
-  return {dx, dbias};
+  return {dx, stored(dbias, bias_dtype)};
 }
 
 }  // namespace

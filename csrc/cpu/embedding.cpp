@@ -104,10 +104,11 @@ Tensor untouched_zeros(int64_t rows, int64_t columns) {
   return at::from_blob(aligned, {rows, columns}, done, at::TensorOptions().dtype(at::kFloat));
 }
 
-Tensor embedding_backward(const Tensor& grad, const Tensor& ids, int64_t rows, int64_t padding_idx) {
-  static const auto reference =
-      reference_of<Tensor(const Tensor&, const Tensor&, int64_t, int64_t)>("fastpt::embedding_backward");
-  if (!is_native(grad)) return reference(grad, ids, rows, padding_idx);
+Tensor embedding_backward(const Tensor& grad, const Tensor& ids, int64_t rows, int64_t padding_idx,
+                          at::ScalarType dtype) {
+  static const auto reference = reference_of<Tensor(const Tensor&, const Tensor&, int64_t, int64_t, at::ScalarType)>(
+      "fastpt::embedding_backward");
+  if (!is_native(grad)) return reference(grad, ids, rows, padding_idx, dtype);
   const auto index = ids.contiguous(), dense = grad.contiguous();
   const int64_t D = grad.size(-1), tokens = ids.numel();
   const int64_t* row = index.const_data_ptr<int64_t>();
@@ -129,7 +130,7 @@ Tensor embedding_backward(const Tensor& grad, const Tensor& ids, int64_t rows, i
       }
     });
   });
-  return sums;
+  return sums.to(dtype);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ namespace fastpt {
 namespace {
 
 using at::Tensor;
+using Dtype = std::optional<at::ScalarType>;
 
 // A parameter in float32, or D times what its absence stands for.
 Tensor wide_parameter(const Tensor& x, const std::optional<Tensor>& parameter, const char* name, double absent) {
@@ -51,11 +52,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const std::option
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
                                                        const Tensor& rstd, const std::optional<Tensor>& weight,
-                                                       bool wants_weight, bool wants_bias) {
+                                                       Dtype weight_dtype, Dtype bias_dtype) {
   static const auto reference = reference_of<std::tuple<Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, bool, bool)>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, Dtype, Dtype)>(
       "fastpt::layer_norm_backward");
-  if (!is_native(x)) return reference(grad, x, mean, rstd, weight, wants_weight, wants_bias);
+  if (!is_native(x)) return reference(grad, x, mean, rstd, weight, weight_dtype, bias_dtype);
   const auto g = grad.contiguous(), xc = x.contiguous(), w = wide_parameter(x, weight, "weight", 1);
   const int64_t D = x.size(-1), rows = rstd.numel();
   auto dx = at::empty_like(xc), sums = at::zeros({2 * D}, rstd.options());  // dweight, then dbias
@@ -68,17 +69,17 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
       T* dxp = dx.mutable_data_ptr<T>();
       const auto block = [&](int64_t lo, int64_t hi, float* partial) {
         kernel(hi - lo, D, gp + lo * D, xp + lo * D, mean_p + lo, rstd_p + lo, wp, nullptr, dxp + lo * D,
-               wants_weight ? partial : nullptr, wants_bias ? partial + D : nullptr);
+               weight_dtype ? partial : nullptr, bias_dtype ? partial + D : nullptr);
       };
-      if (wants_weight || wants_bias) {
+      if (weight_dtype || bias_dtype) {
         sums = sum_row_blocks(rows, D, 2 * D, rstd.options(), block);
       } else {
         at::parallel_for(0, rows, row_grain(D), [&](int64_t lo, int64_t hi) { block(lo, hi, nullptr); });
       }
     });
   }
-  // Outputs of an op may not share memory, hence the copy of D floats.
-  return {dx, sums.slice(0, 0, wants_weight ? D : 0).clone(), sums.slice(0, D, wants_bias ? 2 * D : D).clone()};
+  return {dx, stored(sums.slice(0, 0, weight_dtype ? D : 0), weight_dtype),
+          stored(sums.slice(0, D, bias_dtype ? 2 * D : D), bias_dtype)};
 }
 
 // Calls body.operator()<X, R>() with the types of x and of the residual: equal, or bfloat16 and float.
@@ -131,14 +132,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& summed, const Tensor& mean,
     const Tensor& rstd, const std::optional<Tensor>& weight, at::ScalarType dtype, double dropout_p, int64_t seed,
-    bool wants_weight, bool wants_bias) {
+    Dtype weight_dtype, Dtype bias_dtype) {
   static const auto reference = reference_of<std::tuple<Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
-      const std::optional<Tensor>&, at::ScalarType, double, int64_t, bool, bool)>("fastpt::add_layer_norm_backward");
+      const std::optional<Tensor>&, at::ScalarType, double, int64_t, Dtype, Dtype)>("fastpt::add_layer_norm_backward");
   const bool has_dx = dropout_p > 0 || dtype != summed.scalar_type();
   auto dx = at::empty(has_dx ? summed.sizes() : at::IntArrayRef{0}, summed.options().dtype(dtype));
   if (!is_native(summed) || !is_native(dx))
-    return reference(grad, grad_sum, summed, mean, rstd, weight, dtype, dropout_p, seed, wants_weight, wants_bias);
+    return reference(grad, grad_sum, summed, mean, rstd, weight, dtype, dropout_p, seed, weight_dtype, bias_dtype);
   const auto g = grad.contiguous(), sc = summed.contiguous(), w = wide_parameter(summed, weight, "weight", 1);
   const auto gs = grad_sum ? grad_sum->contiguous() : Tensor();
   const int64_t D = summed.size(-1), rows = rstd.numel();
@@ -157,17 +158,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
       const auto block = [&](int64_t lo, int64_t hi, float* partial) {
         const int64_t at = lo * D;
         kernel(lo, hi - lo, D, gp + at, gsp == nullptr ? gsp : gsp + at, sp + at, dropout, seed, mean_p + lo,
-               rstd_p + lo, wp, dsp + at, dxp == nullptr ? dxp : dxp + at, wants_weight ? partial : nullptr,
-               wants_bias ? partial + D : nullptr);
+               rstd_p + lo, wp, dsp + at, dxp == nullptr ? dxp : dxp + at, weight_dtype ? partial : nullptr,
+               bias_dtype ? partial + D : nullptr);
       };
-      if (wants_weight || wants_bias) {
+      if (weight_dtype || bias_dtype) {
         sums = sum_row_blocks(rows, D, 2 * D, rstd.options(), block);
       } else {
         at::parallel_for(0, rows, row_grain(D), [&](int64_t lo, int64_t hi) { block(lo, hi, nullptr); });
       }
     });
   }
-  return {dx, ds, sums.slice(0, 0, wants_weight ? D : 0).clone(), sums.slice(0, D, wants_bias ? 2 * D : D).clone()};
+  return {dx, ds, stored(sums.slice(0, 0, weight_dtype ? D : 0), weight_dtype),
+          stored(sums.slice(0, D, bias_dtype ? 2 * D : D), bias_dtype)};
 }
 
 }  // namespace

@@ -78,16 +78,17 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& r
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& x,
                                              const Tensor& rstd, const Tensor& weight, double offset,
-                                             bool wants_weight) {
+                                             std::optional<at::ScalarType> weight_dtype) {
   static const auto reference =
       reference_of<std::tuple<Tensor, Tensor>(const Tensor&, const std::optional<Tensor>&, const Tensor&, const Tensor&,
-                                              const Tensor&, double, bool)>("fastpt::rms_norm_backward");
-  if (!is_native(x)) return reference(grad, grad_sum, x, rstd, weight, offset, wants_weight);
+                                              const Tensor&, double, std::optional<at::ScalarType>)>(
+          "fastpt::rms_norm_backward");
+  if (!is_native(x)) return reference(grad, grad_sum, x, rstd, weight, offset, weight_dtype);
   const auto g = grad.contiguous(), xc = x.contiguous(), scale = scale_of(x, weight, offset);
   const auto gs = grad_sum ? grad_sum->contiguous() : Tensor();
   const int64_t D = x.size(-1), rows = rstd.numel();
-  auto dx = fresh_like(xc), dweight = at::zeros({wants_weight ? D : 0}, rstd.options());
-  if (x.numel() == 0) return {dx, dweight};
+  auto dx = fresh_like(xc), dweight = at::zeros({weight_dtype ? D : 0}, rstd.options());
+  if (x.numel() == 0) return {dx, stored(dweight, weight_dtype)};
   by_dtype(x, [&]<typename T>() {
     const auto kernel = FASTPT_BY_ISA(rms_norm_backward_rows<T>);
     const T *gp = g.const_data_ptr<T>(), *gsp = grad_sum ? gs.const_data_ptr<T>() : nullptr,
@@ -98,13 +99,13 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const std::opti
       const int64_t at = lo * D;
       kernel(hi - lo, D, gp + at, gsp == nullptr ? gsp : gsp + at, xp + at, rstd_p + lo, scale_p, dxp + at, partial);
     };
-    if (wants_weight) {
+    if (weight_dtype) {
       dweight = sum_row_blocks(rows, D, D, rstd.options(), block);
     } else {
       at::parallel_for(0, rows, row_grain(D), [&](int64_t lo, int64_t hi) { block(lo, hi, nullptr); });
     }
   });
-  return {dx, dweight};
+  return {dx, stored(dweight, weight_dtype)};
 }
 
 }  // namespace

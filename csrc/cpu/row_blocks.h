@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -30,6 +31,11 @@ at::Tensor sum_row_blocks(int64_t rows, int64_t width, int64_t columns, const at
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t i = 0; i < columns; ++i) sum[i] += partial[b * columns + i];
   return sums;
+}
+
+// Sums in the dtype that an op was asked to store them in. A copy in every case: an op's outputs may not share memory.
+inline at::Tensor stored(const at::Tensor& sums, std::optional<at::ScalarType> dtype) {
+  return sums.to(dtype.value_or(at::kFloat), /*non_blocking=*/false, /*copy=*/true);
 }
 
 }  // namespace fastpt

@@ -131,11 +131,11 @@ class _DecoderBlock(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        saved, (qkv, mlp) = kept(ctx)
-        wants_x, wants = ctx.needs_input_grad[0], tree_unflatten(list(ctx.needs_input_grad[5:]), ctx.spec)
+        saved, (qkv, mlp), wants = kept(ctx)
+        wants_x, wants_mlp = ctx.needs_input_grad[0], wants[1] if len(saved.mlp) == 1 else _widened(wants[1])
         attended = ctx.call.attention.again(saved.attention, len(grad)).flatten(1)
         rows = zip(grad.split(ROWS), attended.split(ROWS), saved.mlp, strict=True)
-        dattended, dx, dmlp = _joined([output_norm_mlp_backward(*some, mlp, wants[1]) for some in rows])
+        dattended, dx, dmlp = _joined([output_norm_mlp_backward(*some, mlp, wants_mlp) for some in rows])
         dq, dk, dv = ctx.call.attention.backward(dattended.unflatten(1, (-1, ctx.call.head_dim)), saved.attention)
         dx, dqkv = norm_qkv_rope_backward(dq, dk, dv, dx.to(saved.x.dtype), qkv, saved, wants[0])
         return dx if wants_x else None, None, None, None, None, *tree_flatten((dqkv, dmlp))[0]
@@ -208,6 +208,12 @@ def output_norm_mlp_backward(
     dattended, output = w.output.backward([dy], attended, saved.output_low, wants.output)
     found = OutputMLP(output, norm, gate_up, Activation(None), down, after_attention, after_mlp)  # type: ignore
     return dattended, ds, found
+
+
+def _widened(wants: OutputMLP) -> OutputMLP:
+    """What is added up over parts of the rows is float32 until the last."""
+    dtypes, spec = tree_flatten(wants)
+    return tree_unflatten([d and torch.promote_types(d, torch.float32) for d in dtypes], spec)
 
 
 def _joined(parts: list[tuple[Tensor, Tensor, OutputMLP]]) -> tuple[Tensor, Tensor, OutputMLP]:

@@ -39,7 +39,7 @@ class LayerNorm(NamedTuple):
         """The gradients of x (in its dtype) and of the residual, and the norm's own."""
         dx, ds, dweight, dbias = raw.add_layer_norm_backward(
             grad, None, s, mean, rstd, self.weight, dtype, self.dropout_p, self.seed,
-            bool(wants.weight), bool(wants.bias),
+            wants.weight, wants.bias,
         )  # fmt: skip
         found = LayerNorm(dweight if wants.weight else None, dbias if wants.bias else None, None, None, None)  # type: ignore
         has_dx = self.dropout_p > 0 or dtype != ds.dtype
@@ -114,8 +114,8 @@ class _EncoderBlock(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        saved, w = kept(ctx)
-        wants_x, wants = ctx.needs_input_grad[0], tree_unflatten(list(ctx.needs_input_grad[3:]), ctx.spec)
+        saved, w, wants = kept(ctx)
+        wants_x = ctx.needs_input_grad[0]
         dx, found = _backward(grad, w, saved, wants, ctx.call, wants_x)
         return dx if wants_x else None, None, None, *tree_flatten(found)[0]
 
@@ -126,7 +126,7 @@ def _backward(
     products, form = saved.attention.q.dtype, APPROXIMATIONS[w.activation]
     dout, dy, mlp_norm = w.mlp_norm.backward(grad.to(saved.x.dtype), *saved.mlp_norm, products, wants.mlp_norm)  # type: ignore
     dinner, down = w.down.backward([dout], raw.bias_gelu(saved.up, w.up_bias, form), saved.down_low, wants.down)
-    dup, dup_bias = raw.bias_gelu_backward(dinner, saved.up, w.up_bias, form, bool(wants.up_bias))
+    dup, dup_bias = raw.bias_gelu_backward(dinner, saved.up, w.up_bias, form, wants.up_bias)
     y = w.norm.again(saved.norm[0]).to(products)
     dy_mlp, up = w.up.backward([dup], y, saved.up_low, wants.up)
     dout, dx, norm = w.norm.backward(dy.add_(dy_mlp), *saved.norm, products, wants.norm)  # type: ignore

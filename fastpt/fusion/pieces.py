@@ -1,7 +1,8 @@
 """What fused blocks are made of: norms and groups of linear layers, each with its backward, on the raw ops.
 
 A piece is a NamedTuple of tensors and options, read from the modules on every call. Its gradient is a piece of the same
-form, so a whole block can be flattened into the arguments of one autograd.Function and its gradients flattened alike.
+form, so a whole block can be flattened into the arguments of one autograd.Function and its gradients flattened alike. So is
+`wants`, which holds the dtype that a tensor's gradient is to be stored in, or None where none is wanted.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastpt.fusion.layout import Layout
 from fastpt.fusion.tree import tree_flatten, tree_unflatten
 from fastpt.ops import Layer
+from fastpt.ops._library import gradient_dtype
 
 raw = torch.ops.fastpt
 
@@ -40,9 +42,8 @@ class Norm(NamedTuple):
         self, dy: Tensor, x: Tensor, rstd: Tensor, wants: Norm, grad_sum: Tensor | None = None
     ) -> tuple[Tensor, Norm]:
         """dx (plus grad_sum, another gradient of x) and the norm's own gradient."""
-        wants_weight = bool(wants.weight)
-        dx, dweight = raw.rms_norm_backward(dy.to(x.dtype), grad_sum, x, rstd, self.weight, self.offset, wants_weight)
-        return dx, Norm(dweight if wants_weight else None, None, None, None)  # type: ignore[arg-type]
+        dx, dweight = raw.rms_norm_backward(dy.to(x.dtype), grad_sum, x, rstd, self.weight, self.offset, wants.weight)
+        return dx, Norm(dweight if wants.weight else None, None, None, None)  # type: ignore[arg-type]
 
 
 class Linears(NamedTuple):
@@ -167,12 +168,15 @@ def keep(ctx: Any, saved: Any, weights: Sequence[Any], spec: Any) -> None:
     ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in weights]
     ctx.others = [leaf for leaf in weights if not isinstance(leaf, Tensor)]
     ctx.spec, ctx.count = spec, len(tensors)
+    ctx.dtypes = [gradient_dtype(leaf) if isinstance(leaf, Tensor) else None for leaf in weights]
     ctx.save_for_backward(*tensors, *(leaf for leaf in weights if isinstance(leaf, Tensor)))
 
 
-def kept(ctx: Any) -> tuple[Any, Any]:
-    """The saved tree and the block's pieces."""
+def kept(ctx: Any) -> tuple[Any, Any, Any]:
+    """The saved tree, the block's pieces and what they want; the pieces' leaves are the last inputs of the Function."""
     tensors = ctx.saved_tensors  # once: checkpointing unpacks each time
     weights, others = iter(tensors[ctx.count :]), iter(ctx.others)
     pieces = tree_unflatten([next(weights if is_one else others) for is_one in ctx.is_tensor], ctx.spec)
-    return tree_unflatten(list(tensors[: ctx.count]), ctx.saved_spec), pieces
+    needed = ctx.needs_input_grad[-len(ctx.dtypes) :]
+    wants = [dtype if is_needed else None for dtype, is_needed in zip(ctx.dtypes, needed, strict=True)]
+    return tree_unflatten(list(tensors[: ctx.count]), ctx.saved_spec), pieces, tree_unflatten(wants, ctx.spec)

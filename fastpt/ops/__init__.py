@@ -5,6 +5,7 @@ from fastpt.ops.attention import attention
 from fastpt.ops.bias_gelu import bias_gelu
 from fastpt.ops.cross_entropy import cross_entropy, cross_entropy_and_gradient
 from fastpt.ops.decode import decode_block, decode_logits
+from fastpt.ops.dora_norm import dora_norm
 from fastpt.ops.embedding import embedding
 from fastpt.ops.geglu import geglu
 from fastpt.ops.grouped_linear import grouped_linear
@@ -28,6 +29,7 @@ __all__ = [
     "cross_entropy_and_gradient",
     "decode_block",
     "decode_logits",
+    "dora_norm",
     "embedding",
     "geglu",
     "grad_norm",

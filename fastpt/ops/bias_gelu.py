@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastpt.ops._library import Cost, nbytes, register
+from fastpt.ops._library import Cost, gradient_dtype, nbytes, register
 
 
 def reference(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
@@ -20,11 +20,12 @@ def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def reference_backward(
-    grad: Tensor, x: Tensor, bias: Tensor | None, approximate: str, wants_bias: bool
+    grad: Tensor, x: Tensor, bias: Tensor | None, approximate: str, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     dx = torch.ops.aten.gelu_backward(grad, _biased(x, bias), approximate=approximate)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    dbias = dx.to(wide).sum_to_size(x.shape[-1]) if wants_bias else x.new_empty(0, dtype=wide)
+    dbias = x.new_empty(0, dtype=(wide := torch.promote_types(x.dtype, torch.float32)))
+    if bias_dtype is not None:
+        dbias = dx.to(wide).sum_to_size(x.shape[-1]).to(bias_dtype)
     return dx.contiguous(), dbias
 
 
@@ -35,16 +36,19 @@ _forward = register(
     cost=lambda x, bias, approximate: Cost(nbytes(x, bias), nbytes(x), 11 * x.numel()),
     triton="fastpt.kernels.bias_gelu:forward",
 )
-# dx, and dbias in float32 whatever the bias's dtype, empty when not wanted.
+# dx, and dbias, a float32 sum stored in bias_dtype, empty without one.
 _backward = register(
-    "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, str approximate, bool wants_bias) -> (Tensor, Tensor)",
+    "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, str approximate, ScalarType? bias_dtype) "
+    "-> (Tensor, Tensor)",
     reference=reference_backward,
-    fake=lambda grad, x, bias, approximate, wants_bias: (
+    fake=lambda grad, x, bias, approximate, bias_dtype: (
         x.new_empty(x.shape),
-        x.new_empty(x.shape[-1] if wants_bias else 0, dtype=torch.promote_types(x.dtype, torch.float32)),
+        x.new_empty(x.shape[-1] if bias_dtype else 0, dtype=bias_dtype or torch.promote_types(x.dtype, torch.float32)),
     ),
-    cost=lambda grad, x, bias, approximate, wants_bias: Cost(
-        nbytes(grad, x, bias), nbytes(x) + 4 * x.shape[-1] * wants_bias, 17 * x.numel()
+    cost=lambda grad, x, bias, approximate, bias_dtype: Cost(
+        nbytes(grad, x, bias),
+        nbytes(x) + x.shape[-1] * (0 if bias_dtype is None else bias_dtype.itemsize),
+        17 * x.numel(),
     ),
     triton="fastpt.kernels.bias_gelu:backward",
 )
@@ -54,14 +58,14 @@ class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, approximate):
         ctx.save_for_backward(x, bias)
-        ctx.approximate = approximate
+        ctx.approximate, ctx.bias_dtype = approximate, gradient_dtype(bias)
         return _forward(x, bias, approximate)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         wants_bias = ctx.needs_input_grad[1]
-        dx, dbias = _backward(grad, *ctx.saved_tensors, ctx.approximate, wants_bias)
+        dx, dbias = _backward(grad, *ctx.saved_tensors, ctx.approximate, ctx.bias_dtype if wants_bias else None)
         return dx, dbias if wants_bias else None, None
 
 

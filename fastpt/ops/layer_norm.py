@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpt.ops._dropout import drawn_seed, factors
-from fastpt.ops._library import Cost, nbytes, register
+from fastpt.ops._library import Cost, gradient_dtype, nbytes, register
 
 
 def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -26,15 +26,25 @@ def reference_forward(
 
 
 def reference_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, wants_weight: bool, wants_bias: bool
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, normed = grad.to(rstd.dtype), (x.to(rstd.dtype) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     scaled = grad if weight is None else grad * weight.to(rstd.dtype)
     along = (scaled * normed).mean(-1, keepdim=True)
     dx = rstd.unsqueeze(-1) * (scaled - scaled.mean(-1, keepdim=True) - normed * along)
-    dweight = (grad * normed).sum_to_size(x.shape[-1]) if wants_weight else rstd.new_empty(0)
-    dbias = grad.sum_to_size(x.shape[-1]) if wants_bias else rstd.new_empty(0)
+    dweight = _stored(grad * normed, weight_dtype)
+    dbias = _stored(grad, bias_dtype)
     return dx.to(x.dtype).contiguous(), dweight, dbias
+
+
+def _stored(gradients: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return gradients.new_empty(0) if dtype is None else gradients.sum_to_size(gradients.shape[-1]).to(dtype)
 
 
 def reference_sum(x: Tensor, residual: Tensor, dropout_p: float, seed: int) -> Tensor:
@@ -69,10 +79,10 @@ def reference_add_backward(
     dtype: torch.dtype,
     dropout_p: float,
     seed: int,
-    wants_weight: bool,
-    wants_bias: bool,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ds, dweight, dbias = reference_backward(grad, summed, mean, rstd, weight, wants_weight, wants_bias)
+    ds, dweight, dbias = reference_backward(grad, summed, mean, rstd, weight, weight_dtype, bias_dtype)
     if grad_sum is not None:
         ds = ds + grad_sum
     dx = ds.new_empty(0, dtype=dtype)
@@ -89,6 +99,10 @@ def _row_numbers(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+def _empty_gradients(like: Tensor, x: Tensor, *dtypes: torch.dtype | None) -> list[Tensor]:
+    return [like.new_empty(0) if d is None else like.new_empty(x.shape[-1], dtype=d) for d in dtypes]
+
+
 _forward = register(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     reference=reference_forward,
@@ -98,19 +112,15 @@ _forward = register(
     ),
     triton="fastpt.kernels.layer_norm:forward",
 )
-# dx, and dweight and dbias in float32 whatever the parameters' dtype, empty when not wanted.
+# dx, and dweight and dbias, float32 sums stored in the dtypes asked for, empty without one.
 _backward = register(
-    "layer_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, bool wants_weight, "
-    "bool wants_bias) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "
+    "ScalarType? weight_dtype, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)",
     reference=reference_backward,
-    fake=lambda grad, x, mean, rstd, weight, wants_weight, wants_bias: (
-        x.new_empty(x.shape),
-        rstd.new_empty(x.shape[-1] if wants_weight else 0),
-        rstd.new_empty(x.shape[-1] if wants_bias else 0),
-    ),
-    cost=lambda grad, x, mean, rstd, weight, wants_weight, wants_bias: Cost(
+    fake=lambda grad, x, mean, rstd, weight, *dtypes: (x.new_empty(x.shape), *_empty_gradients(rstd, x, *dtypes)),
+    cost=lambda grad, x, mean, rstd, weight, *dtypes: Cost(
         nbytes(grad, x, mean, rstd, weight),
-        nbytes(x) + 4 * x.shape[-1] * (wants_weight + wants_bias),
+        nbytes(x) + nbytes(*_empty_gradients(rstd, x, *dtypes)),
         12 * x.numel(),
     ),
     triton="fastpt.kernels.layer_norm:backward",
@@ -131,20 +141,19 @@ _add_forward = register(
 # dx in x's dtype (empty where the gradient of the sum is that of x too), the gradient of the sum, dweight, dbias.
 _add_backward = register(
     "add_layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor summed, Tensor mean, Tensor rstd, Tensor? weight, "
-    "ScalarType dtype, float dropout_p, int seed, bool wants_weight, bool wants_bias) "
+    "ScalarType dtype, float dropout_p, int seed, ScalarType? weight_dtype, ScalarType? bias_dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference_add_backward,
-    fake=lambda grad, grad_sum, summed, mean, rstd, weight, dtype, dropout_p, seed, wants_weight, wants_bias: (
+    fake=lambda grad, grad_sum, summed, mean, rstd, weight, dtype, dropout_p, seed, *dtypes: (
         summed.new_empty(summed.shape if dropout_p > 0 or dtype != summed.dtype else 0, dtype=dtype),
         summed.new_empty(summed.shape),
-        rstd.new_empty(summed.shape[-1] if wants_weight else 0),
-        rstd.new_empty(summed.shape[-1] if wants_bias else 0),
+        *_empty_gradients(rstd, summed, *dtypes),
     ),
-    cost=lambda grad, grad_sum, summed, mean, rstd, weight, dtype, dropout_p, seed, wants_weight, wants_bias: Cost(
+    cost=lambda grad, grad_sum, summed, mean, rstd, weight, dtype, dropout_p, seed, *dtypes: Cost(
         nbytes(grad, grad_sum, summed, mean, rstd, weight),
         nbytes(summed)
         + (dropout_p > 0 or dtype != summed.dtype) * summed.numel() * dtype.itemsize
-        + 4 * summed.shape[-1] * (wants_weight + wants_bias),
+        + nbytes(*_empty_gradients(rstd, summed, *dtypes)),
         14 * summed.numel(),
     ),
     triton="fastpt.kernels.layer_norm:add_backward",
@@ -156,13 +165,15 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, eps):
         y, mean, rstd = _forward(x, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.dtypes = gradient_dtype(weight), gradient_dtype(bias)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         _, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        dx, dweight, dbias = _backward(grad, *ctx.saved_tensors, wants_weight, wants_bias)
+        dtypes = (d if wants else None for d, wants in zip(ctx.dtypes, (wants_weight, wants_bias), strict=True))
+        dx, dweight, dbias = _backward(grad, *ctx.saved_tensors, *dtypes)
         return dx, dweight if wants_weight else None, dbias if wants_bias else None, None
 
 
@@ -172,7 +183,7 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y, summed, mean, rstd = _add_forward(x, residual, weight, bias, eps, dropout_p, seed)
         ctx.save_for_backward(summed, mean, rstd, weight)
-        ctx.options = x.dtype, dropout_p, seed
+        ctx.options, ctx.dtypes = (x.dtype, dropout_p, seed), (gradient_dtype(weight), gradient_dtype(bias))
         ctx.has_dx = dropout_p > 0 or x.dtype != summed.dtype
         return y, summed
 
@@ -183,9 +194,8 @@ class _AddLayerNorm(torch.autograd.Function):
         if grad is None:  # only the sum was used
             grad = torch.zeros_like(summed)
         _, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        dx, ds, dweight, dbias = _add_backward(
-            grad, grad_sum, summed, mean, rstd, weight, *ctx.options, wants_weight, wants_bias
-        )
+        dtypes = (d if wants else None for d, wants in zip(ctx.dtypes, (wants_weight, wants_bias), strict=True))
+        dx, ds, dweight, dbias = _add_backward(grad, grad_sum, summed, mean, rstd, weight, *ctx.options, *dtypes)
         return (
             dx if ctx.has_dx else ds,
             ds,
@@ -201,7 +211,8 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """weight * (x - mean(x)) / sqrt(var(x) + eps) + bias, over the last dim.
 
     Shapes: x [..., D], weight and bias [D] or None -> [..., D] in x's dtype, whatever the parameters'.
-    Numerics: float32 inside, one rounding; parameter gradients are float32 sums in a fixed order.
+    Numerics: float32 inside, one rounding; parameter gradients are float32 sums in a fixed order, rounded once
+    to the parameters' grad_dtype.
     Raises: RuntimeError when weight or bias is not [D].
     Source: Ba et al. 2016, https://arxiv.org/abs/1607.06450.
     """

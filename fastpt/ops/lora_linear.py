@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastpt.ops._dropout import factors
 from fastpt.ops._library import Cost, autocast, gradient_dtype, nbytes, register
+from fastpt.ops.dora_norm import dora_norm
 
 
 def _low_dtype(x: Tensor, lora_a: Tensor | None) -> torch.dtype:
@@ -305,15 +306,8 @@ def lora_linear(
 def with_magnitude(layer: Layer, magnitude: Tensor, dtype: torch.dtype) -> Layer:
     """A DoRA layer as LoRA with the rows of weight and lora_b scaled; autograd carries the gradient on to the magnitude."""
     weight, lora_b = layer.weight, layer.lora_b
-    ratio = (magnitude / _row_norms(weight.to(dtype), layer.lora_a, lora_b, layer.scale))[:, None]  # type: ignore[arg-type]
+    ratio = (magnitude / dora_norm(weight.to(dtype), layer.lora_a, lora_b, layer.scale))[:, None]  # type: ignore[arg-type]
     return layer._replace(weight=(ratio * weight.to(dtype)).to(dtype), lora_b=(ratio * lora_b).to(lora_b.dtype))  # type: ignore
-
-
-@torch.no_grad()
-def _row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """|weight + scale * lora_b @ lora_a| of each row [O]."""
-    wide = torch.promote_types(lora_a.dtype, torch.float32)
-    return torch.addmm(weight.to(wide), lora_b.to(wide), lora_a.to(wide), alpha=scale).norm(dim=1)
 
 
 def _check(x: Tensor, layer: Layer, dropout_p: float) -> None:

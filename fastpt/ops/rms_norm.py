@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpt.ops._library import Cost, nbytes, register
+from fastpt.ops._library import Cost, gradient_dtype, nbytes, register
 
 
 def reference(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, casts_first: bool = True) -> Tensor:
@@ -44,14 +44,22 @@ def reference_add_forward(
 
 
 def reference_backward(
-    grad: Tensor, grad_sum: Tensor | None, x: Tensor, rstd: Tensor, weight: Tensor, offset: float, wants_weight: bool
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    x: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    offset: float,
+    weight_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     grad, normed = grad.to(rstd.dtype), x.to(rstd.dtype) * rstd.unsqueeze(-1)
     scaled = grad * (offset + weight.to(rstd.dtype))
     dx = rstd.unsqueeze(-1) * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     if grad_sum is not None:
         dx = dx + grad_sum
-    dweight = (grad * normed).sum_to_size(weight.shape) if wants_weight else rstd.new_empty(0)
+    dweight = rstd.new_empty(0)
+    if weight_dtype is not None:
+        dweight = (grad * normed).sum_to_size(weight.shape).to(weight_dtype)
     return dx.to(x.dtype).contiguous(), dweight
 
 
@@ -76,17 +84,19 @@ _add_forward = register(
     ),
     triton="fastpt.kernels.rms_norm:add_forward",
 )
-# dx, and dweight in float32 whatever the weight's dtype (empty when not wanted); grad_sum is the gradient of x + residual.
+# dx, and dweight, a float32 sum stored in weight_dtype (empty without one); grad_sum is the gradient of x + residual.
 _backward = register(
     "rms_norm_backward(Tensor grad, Tensor? grad_sum, Tensor x, Tensor rstd, Tensor weight, float offset, "
-    "bool wants_weight) -> (Tensor, Tensor)",
+    "ScalarType? weight_dtype) -> (Tensor, Tensor)",
     reference=reference_backward,
-    fake=lambda grad, grad_sum, x, rstd, weight, offset, wants_weight: (
+    fake=lambda grad, grad_sum, x, rstd, weight, offset, weight_dtype: (
         x.new_empty(x.shape),
-        rstd.new_empty(weight.shape if wants_weight else 0),
+        rstd.new_empty(0) if weight_dtype is None else rstd.new_empty(weight.shape, dtype=weight_dtype),
     ),
-    cost=lambda grad, grad_sum, x, rstd, weight, offset, wants_weight: Cost(
-        nbytes(grad, grad_sum, x, rstd, weight), nbytes(x) + 4 * weight.numel() * wants_weight, 9 * x.numel()
+    cost=lambda grad, grad_sum, x, rstd, weight, offset, weight_dtype: Cost(
+        nbytes(grad, grad_sum, x, rstd, weight),
+        nbytes(x) + weight.numel() * (0 if weight_dtype is None else weight_dtype.itemsize),
+        9 * x.numel(),
     ),
     triton="fastpt.kernels.rms_norm:backward",
 )
@@ -97,7 +107,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps, offset, casts_first):
         y, rstd = _forward(x, weight, eps, offset, casts_first)
         ctx.save_for_backward(x, rstd, weight)
-        ctx.offset = offset
+        ctx.offset, ctx.weight_dtype = offset, gradient_dtype(weight)
         return y
 
     @staticmethod
@@ -113,7 +123,7 @@ class _AddRMSNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y, summed, rstd = _add_forward(x, residual, weight, eps, offset, casts_first)
         ctx.save_for_backward(summed, rstd, weight)
-        ctx.offset = offset
+        ctx.offset, ctx.weight_dtype = offset, gradient_dtype(weight)
         return y, summed
 
     @staticmethod
@@ -126,8 +136,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor, grad_sum: Tensor | None, wants_weight: bool) -> tuple[Tensor, Tensor | None]:
-    # A float32 dweight reaches a bfloat16 parameter rounded, or as it is where the parameter's grad_dtype is float32.
-    dx, dweight = _backward(grad, grad_sum, *ctx.saved_tensors, ctx.offset, wants_weight)
+    dx, dweight = _backward(grad, grad_sum, *ctx.saved_tensors, ctx.offset, ctx.weight_dtype if wants_weight else None)
     return dx, dweight if wants_weight else None
 
 
@@ -138,7 +147,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, cast
     rounding at the store (Gemma, with offset=1).
 
     Shapes: x [..., D], weight [D] -> [..., D] in x's dtype, whatever the weight's.
-    Numerics: float32 inside; the weight's gradient is a float32 sum in a fixed order, and not formed when frozen.
+    Numerics: float32 inside; the weight's gradient is a float32 sum in a fixed order, rounded once to the parameter's
+    grad_dtype, and not formed when frozen.
     Raises: RuntimeError when the weight is not [D].
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
     """

@@ -30,6 +30,14 @@ def reduces(x, out, B: tl.constexpr):
 
 
 @triton.jit
+def sums_columns(x, out, whole, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.arange(0, COLUMNS)
+    block = tl.load(x + tl.arange(0, ROWS)[:, None] * COLUMNS + column[None, :])
+    tl.store(out + column[None, :], tl.sum(block, 0, keep_dims=True))
+    tl.store(whole, tl.sum(block))
+
+
+@triton.jit
 def takes_the_smaller(x, y, out, B: tl.constexpr):
     at = tl.arange(0, B)
     tl.store(out + at, min(tl.load(x + at), tl.load(y + at)))
@@ -87,6 +95,17 @@ def test_reductions(dtype):
     reduces[(1,)](x, out, 128)
     assert out[1:].tolist() == [x.max().item(), x.min().item(), x.argmax().item()]
     assert abs(out[0] - x.float().sum()) <= (1e-4 if dtype == torch.float32 else 0.05 * out[0].abs())
+
+
+def test_sums_are_added_in_a_tree():
+    """One after the other, 4096 times 0.1 loses 6e-5 of the sum, and ones after 2^24 are all lost."""
+    x, out, whole = torch.full((4096, 4), 0.1), torch.empty(4), torch.empty(1)
+    x[:, 3] = 1.0
+    x[0, 3] = 2.0**24
+    sums_columns[(1,)](x, out, whole, 4096, 4)
+    assert torch.equal(out[:3], torch.full((3,), 4096 * torch.tensor(0.1).item()))
+    assert abs(out[3].item() - (2**24 + 4095)) <= 2 + 12  # half an ulp at every level
+    assert whole.item() == pytest.approx(x.double().sum().item(), rel=1e-6)
 
 
 def test_python_words_work_element_by_element():

@@ -13,7 +13,7 @@ from benchmarks.evidence import calls, step, verdict
 from benchmarks.evidence.case import Bars
 from benchmarks.evidence.devices import Device
 from benchmarks.evidence.machine_code.architectures import occupancy
-from benchmarks.evidence.machine_code.capture import scalar_loads
+from benchmarks.evidence.machine_code.capture import idle_loads
 from benchmarks.evidence.machine_code.sass import parse
 from benchmarks.evidence.published import PUBLISHED
 from benchmarks.model_flops import training_flops
@@ -170,13 +170,14 @@ def test_machine_code_is_read_right():
     assert code.calls_in_loops == 1
 
 
-def test_a_scalar_is_no_narrow_load():
+def test_a_load_of_few_elements_counts_by_its_threads():
     code = """
         %row = tt.load %target : !tt.ptr<i64> loc(#loc1)
         %scale = tt.load %p, %mask, %zero : !tt.ptr<f32>
         %block = tt.load %ptrs, %inside, %other : tensor<1024x!tt.ptr<bf16>, #blocked>
+        %rstd = ttg.async_copy_global_to_local %r, %s mask %m other %c : tensor<64x!tt.ptr<f32>, #blocked2> -> <64xf32>
     """
-    assert scalar_loads(code) == {8: 1, 4: 1}
+    assert idle_loads(code, 256) == {8: 255 / 256, 4: 255 / 256 + 3 / 4, 2: 0}
 
 
 def test_occupancy_is_what_the_tables_say():

@@ -98,10 +98,18 @@ def test_gradcheck_opcheck_compile_retain_graph(approximate):
         x, bias = (v.detach().to(dtype) for v in leaves(3, 5))
         check_opcheck(_forward, x, bias, approximate)
         check_opcheck(_forward, x, None, approximate)
-        check_opcheck(_backward, x, x, bias, approximate, True)
-        check_opcheck(_backward, x, x, None, approximate, False)
+        check_opcheck(_backward, x, x, bias, approximate, dtype)
+        check_opcheck(_backward, x, x, None, approximate, None)
     check_compiles(fused, *leaves(3, 5))
     check_retain_graph(fused, *leaves(3, 5))
+
+
+def test_bias_gradient_is_float32_where_asked_for():
+    """The slope of gelu at 20 is one: a bfloat16 sum stops at 256, and 513 is not a bfloat16."""
+    x, bias = torch.full((513, 8), 20.0).bfloat16(), torch.zeros(8).bfloat16().requires_grad_()
+    bias.grad_dtype = torch.float32
+    bias_gelu(x, bias).backward(torch.ones_like(x))
+    assert torch.equal(bias.grad, torch.full((8,), 513.0))
 
 
 @needs_native

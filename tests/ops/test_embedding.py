@@ -37,7 +37,9 @@ def test_layouts(dtype):
         for i in (ids, ids[:, :1].expand(5, 3), ids.int()):
             check_against_eager(embedding, F.embedding, [i, weight.requires_grad_()], dtype=dtype)
     expanded = torch.randn(1, 16).expand(5, 6, 16).to(dtype)
-    assert torch.equal(_backward(expanded, ids, 40, -1), _backward(expanded.contiguous(), ids.contiguous(), 40, -1))
+    assert torch.equal(
+        _backward(expanded, ids, 40, -1, dtype), _backward(expanded.contiguous(), ids.contiguous(), 40, -1, dtype)
+    )
 
 
 def test_the_gradient_is_float32_where_the_weight_takes_it():
@@ -55,7 +57,7 @@ def test_same_bits_for_any_number_of_threads(dtype):
     threads, found = torch.get_num_threads(), []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        found.append(_backward(grad, ids, 90, 0))
+        found.append(_backward(grad, ids, 90, 0, torch.float32))
     torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -72,7 +74,9 @@ def test_sums_of_any_length_and_place(dtype):
     for padding_idx in (-1, 3):
         kept = ids != padding_idx
         exact = torch.zeros(12, 40, dtype=torch.float64).index_add_(0, ids[kept], grad[kept].double())
-        torch.testing.assert_close(_backward(grad, ids, 12, padding_idx).double(), exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            _backward(grad, ids, 12, padding_idx, torch.float32).double(), exact, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_tied_with_the_head_and_over_micro_batches():
@@ -106,7 +110,7 @@ def test_gradcheck_opcheck_compile_retain_graph():
     assert torch.autograd.gradcheck(lambda w: embedding(ids, w, padding_idx=5), wanted)
     for dtype in (*DTYPES, torch.float64):
         check_opcheck(_forward, ids, weight.to(dtype))
-        check_opcheck(_backward, torch.randn(2, 3, 3).to(dtype), ids, 6, 2)
+        check_opcheck(_backward, torch.randn(2, 3, 3).to(dtype), ids, 6, 2, weight.dtype)
     weight.requires_grad_()
     check_compiles(lambda i, w: embedding(i, w, padding_idx=2), ids, weight)
     check_retain_graph(embedding, ids, weight)

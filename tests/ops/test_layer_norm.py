@@ -83,10 +83,21 @@ def test_gradcheck_opcheck_compile_retain_graph():
         x, w, b = (v.detach() for v in leaves((3, 5), dtype))
         _, mean, rstd = _forward(x, w, b, EPS)
         check_opcheck(_forward, x, w, None, EPS)
-        check_opcheck(_backward, x, x, mean, rstd, w, True, True)
-        check_opcheck(_backward, x, x, mean, rstd, None, False, True)
+        check_opcheck(_backward, x, x, mean, rstd, w, dtype, torch.float32)
+        check_opcheck(_backward, x, x, mean, rstd, None, None, dtype)
     check_compiles(fused, *leaves((3, 5), torch.bfloat16))
     check_retain_graph(fused, *leaves((3, 5)))
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_parameter_gradients_are_float32_where_asked_for(has_residual):
+    """512 ones in a column: a bfloat16 sum stops at 256, and 513 is not a bfloat16."""
+    x, w, b = (v.detach().bfloat16().requires_grad_() for v in leaves((513, 8)))
+    b.grad_dtype = torch.float32
+    y = add_layer_norm(x, torch.zeros_like(x), w, b, EPS)[0] if has_residual else layer_norm(x, w, b, EPS)
+    y.backward(torch.ones_like(x))
+    assert (w.grad.dtype, b.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(b.grad, torch.full((8,), 513.0))
 
 
 @needs_native
@@ -189,8 +200,8 @@ def test_add_gradcheck_opcheck_compile_retain_graph(p):
         x, residual, w, b = (v.detach() for v in add_leaves((3, 5), dtype))
         check_opcheck(_add_forward, x, residual, w, None, EPS, p, SEED)
         _, summed, mean, rstd = _add_forward(x, residual, w, b, EPS, p, SEED)
-        check_opcheck(_add_backward, x, residual, summed, mean, rstd, w, dtype, p, SEED, True, True)
-        check_opcheck(_add_backward, x, None, summed, mean, rstd, None, dtype, p, SEED, False, True)
+        check_opcheck(_add_backward, x, residual, summed, mean, rstd, w, dtype, p, SEED, torch.float32, dtype)
+        check_opcheck(_add_backward, x, None, summed, mean, rstd, None, dtype, p, SEED, None, dtype)
     check_compiles(lambda *i: fused_add(*i, p), *add_leaves((3, 5), torch.bfloat16))
     check_retain_graph(lambda *i: fused_add(*i, p), *add_leaves((3, 5)))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fastpt.ops import add_rms_norm, rms_norm
 from fastpt.ops.rms_norm import _add_forward, _backward, _forward, reference
@@ -79,7 +80,7 @@ def test_non_contiguous_and_expanded(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_that_lie_apart(dtype):
-    qkv = torch.randn(2, 3, 4, 3 * 64).requires_grad_()  # what the projection of q, k and v gives
+    qkv = torch.randn(2, 7, 5, 3 * 64).requires_grad_()  # what the projection of q, k and v gives
     for part in range(3):
         check_against_eager(
             lambda x, w, part=part: fused("llama")(x[..., 64 * part : 64 * (part + 1)], w),
@@ -110,16 +111,27 @@ def test_either_output_alone(output):
 def test_frozen_weight_forms_no_gradient():
     x, w = torch.randn(4, 8), torch.randn(8)
     _, rstd = _forward(x, w, EPS, 0.0, True)
-    assert _backward(x, None, x, rstd, w, 0.0, False)[1].numel() == 0
+    assert _backward(x, None, x, rstd, w, 0.0, None)[1].numel() == 0
 
 
-def test_weight_gradient_is_float32_where_asked_for():
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_weight_gradient_is_float32_where_asked_for(is_checkpointed):
     x, w = torch.randn(300, 8).bfloat16(), torch.randn(8).bfloat16().requires_grad_()
     w.grad_dtype = torch.float32
-    fused("llama")(x, w).backward(torch.ones(300, 8).bfloat16())
+    function = fused("llama")
+    y = checkpoint(function, x, w, use_reentrant=False) if is_checkpointed else function(x, w)
+    y.backward(torch.ones(300, 8).bfloat16())
     normed = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + EPS).sqrt()
     assert w.grad.dtype == torch.float32
     torch.testing.assert_close(w.grad.double(), normed.sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_backward_stores_the_weight_gradient_rounded_once(dtype):
+    x, w = torch.randn(300, 8).bfloat16(), torch.randn(8).bfloat16()
+    rstd = _forward(x, w, EPS, 0.0, True)[1]
+    exact = _backward(x, None, x, rstd, w, 0.0, torch.float32)[1]
+    assert torch.equal(_backward(x, None, x, rstd, w, 0.0, dtype)[1], exact.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,8 +173,8 @@ def test_gradcheck_opcheck_compile_retain_graph():
         _, s, rstd = _add_forward(x, r, w, EPS, 0.0, True)
         check_opcheck(_forward, x, w, EPS, 1.0, False)
         check_opcheck(_add_forward, x, r, w, EPS, 0.0, True)
-        check_opcheck(_backward, r, None, s, rstd, w, 1.0, True)
-        check_opcheck(_backward, r, x, s, rstd, w, 0.0, False)
+        check_opcheck(_backward, r, None, s, rstd, w, 1.0, dtype)
+        check_opcheck(_backward, r, x, s, rstd, w, 0.0, None)
     wanted = leaves((3, 5), (3, 5), (5,), dtype=torch.bfloat16)
     check_compiles(fused_add("llama"), *wanted)
     check_compiles(lambda x, r, w: fused_add("llama")(x, r, w)[1], *wanted[:2], wanted[2].detach())

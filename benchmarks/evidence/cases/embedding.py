@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,21 +29,29 @@ def real(make: Make) -> Iterator[Inputs]:
 
 
 def traffic(make: Make) -> Inputs:
-    return Inputs("256 ids of 2048, 128 wide", (make(256, 128), random_ids(256, 2048), 2048, -1))
+    """Into float32, as fastpt's trainer takes it."""
+    args = make(256, 128), random_ids(256, 2048), 2048, -1
+    return Inputs("256 ids of 2048, 128 wide", args, {"dtype": torch.float32})
 
 
-def floor(grad: Tensor, ids: Tensor, rows: int, padding_idx: int) -> tuple[int, int]:
+def backward(
+    function: Callable, grad: Tensor, ids: Tensor, rows: int, padding_idx: int, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    return function(grad, ids, rows, padding_idx, dtype or grad.dtype)
+
+
+def floor(grad: Tensor, ids: Tensor, rows: int, padding_idx: int, *, dtype: torch.dtype) -> tuple[int, int]:
     """Of a dense gradient every row is written, zero or not: more than the op's cost, which counts the rows in use."""
-    cost = OPS["embedding_backward"].cost(grad, ids, rows, padding_idx)
-    return cost.bytes_read + 4 * rows * grad.shape[-1], 0
+    cost = OPS["embedding_backward"].cost(grad, ids, rows, padding_idx, dtype)
+    return cost.bytes_read + dtype.itemsize * rows * grad.shape[-1], 0
 
 
 CASES = [
     Case(
         op="embedding",
         name="embedding backward",
-        function=OPS["embedding_backward"].overload,
-        reference=reference_backward,
+        function=lambda *args, **dtype: backward(OPS["embedding_backward"].overload, *args, **dtype),
+        reference=lambda *args, **dtype: backward(reference_backward, *args, **dtype),
         numbers=numbers,
         real=real,
         traffic=traffic,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.evidence.case import Bars, Case, Inputs, Make
 from fastpt.ops import add_rms_norm, rms_norm
-from fastpt.ops._library import OPS
+from fastpt.ops._library import OPS, gradient_dtype
 from fastpt.ops.rms_norm import reference
 
 EPS = 1e-6
@@ -58,13 +58,13 @@ def traffic(streams: int) -> Callable[[Make], Inputs]:
 
 def floor(x: Tensor, weight: Tensor, eps: float, **_) -> tuple[int, int]:
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    backward = OPS["rms_norm_backward"].cost(x, None, x, rstd, weight, 0.0, weight.requires_grad)
+    backward = OPS["rms_norm_backward"].cost(x, None, x, rstd, weight, 0.0, gradient_dtype(weight))
     return OPS["rms_norm"].cost(x, weight, eps, 0.0, True).bytes, backward.bytes
 
 
 def add_floor(x: Tensor, residual: Tensor, weight: Tensor, eps: float, **_) -> tuple[int, int]:
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    backward = OPS["rms_norm_backward"].cost(x, x, x, rstd, weight, 0.0, weight.requires_grad)
+    backward = OPS["rms_norm_backward"].cost(x, x, x, rstd, weight, 0.0, gradient_dtype(weight))
     return OPS["add_rms_norm"].cost(x, residual, weight, eps, 0.0, True).bytes, backward.bytes
 
 

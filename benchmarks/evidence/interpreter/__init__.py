@@ -19,11 +19,11 @@ _installed: set[str] = set()
 
 def install() -> None:
     """Make the interpreter compute and refuse what the compiler does, before a kernel first runs."""
-    from benchmarks.evidence.interpreter import bf16, builtins, strict
+    from benchmarks.evidence.interpreter import bf16, builtins, strict, sums
 
     if not _installed:  # once: the meter wraps what it finds in place
-        _installed.update(part.__name__ for part in (builtins, bf16, strict))
-        for part in (builtins, bf16, strict):
+        _installed.update(part.__name__ for part in (builtins, bf16, sums, strict))
+        for part in (builtins, bf16, sums, strict):
             part.install()
     builtins.install_libdevice()  # each time: a module imported since then may hold the stubs
 

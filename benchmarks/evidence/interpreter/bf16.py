@@ -126,7 +126,7 @@ def _narrowed(tensor: tl.core.tensor) -> tl.core.tensor:
 
 
 def _sum_in_float32(self, block):
-    return _narrowed(_sum(self, _widened(block))) if is_bf16(block.handle) else _sum(self, block)
+    return _narrowed(self.sum(_widened(block))) if is_bf16(block.handle) else _sum(self, block)
 
 
 def _min_max_in_float32(self, input, val_reduce_op, idx_reduce_op=None):

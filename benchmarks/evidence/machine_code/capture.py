@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import os
 import re
 import subprocess
@@ -30,6 +31,10 @@ from benchmarks.evidence.machine_code.nothing_computed import NothingComputed
 from benchmarks.evidence.machine_code.sass import Code, parse
 
 Grid = tuple[int, int, int]
+# A load of the program's, into registers or into shared memory: its shape ("4x1024x", none for one element), bits of an element.
+_LOAD = re.compile(
+    r"(?:tt\.load|ttg\.async_copy_global_to_local) [^\n]*?: (?:tensor<)?((?:\d+x)*)!tt\.ptr<(?:bf|f|i)(\d+)>"
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Kernel:
     occupancy: float
     filled: int
     in_flight: int | None  # on one multiprocessor; None where loads go by TMA, which is not modelled
-    load_widths: dict[int, int]  # accesses by bytes of a thread; scalars, one address for a whole warp, left out
+    load_widths: dict[int, float]  # accesses by bytes of a thread; one of few elements counts by the threads they need
     store_widths: dict[int, int]
     tensor_cores: dict[str, int]
     instructions: int
@@ -138,7 +143,7 @@ class Capture:
             occupancy=programs * meta.num_warps / limits.warps,
             filled=filled,
             in_flight=None if by_tma else code.in_flight_bytes * 32 * meta.num_warps * filled,
-            load_widths=_without(code.widths("LDG", "LDGSTS"), scalar_loads(kernel.asm["ttgir"])),
+            load_widths=_without(code.widths("LDG", "LDGSTS"), idle_loads(kernel.asm["ttgir"], 32 * meta.num_warps)),
             store_widths=code.widths("STG"),
             tensor_cores=code.tensor_cores,
             instructions=len(code.instructions),
@@ -157,14 +162,18 @@ def _constants(kernel: CompiledKernel) -> dict[str, Any]:
     }
 
 
-def scalar_loads(ttgir: str) -> collections.Counter[int]:
-    """Loads of one element for the whole program, by its bytes."""
-    found = re.findall(r"tt\.load [^\n]*: !tt\.ptr<(?:bf|f|i)(\d+)>", ttgir)
-    return collections.Counter(max(1, int(bits) // 8) for bits in found)
+def idle_loads(ttgir: str, threads: int) -> dict[int, float]:
+    """Of loads with fewer elements than a program has threads (one for all rows, one a row), by an element's bytes: the share
+    of the threads that have none of their own. Their instruction is off or repeats an address, and moves nothing."""
+    idle: collections.defaultdict[int, float] = collections.defaultdict(float)
+    for shape, bits in _LOAD.findall(ttgir):
+        elements = math.prod(int(n) for n in shape.split("x") if n)
+        idle[max(1, int(bits) // 8)] += max(0.0, 1 - elements / threads)
+    return idle
 
 
-def _without(widths: dict[int, int], scalars: collections.Counter[int]) -> dict[int, int]:
-    left = {width: count - scalars[width] for width, count in widths.items()}
+def _without(widths: dict[int, int], idle: dict[int, float]) -> dict[int, float]:
+    left = {width: count - idle.get(width, 0.0) for width, count in widths.items()}
     return {width: count for width, count in left.items() if count > 0}
 
 
