@@ -69,9 +69,12 @@ class Linears(NamedTuple):
     ) -> tuple[Tensor, Linears]:
         """dx (empty when not wanted) and the layers' gradients."""
         weights, _, lora_a, lora_b, scales = zip(*self.layers, strict=True)
-        flags = [bool(wanted) for layer in wants.layers for wanted in layer[:4]]
+        dtypes = [dtype for layer in wants.layers for dtype in layer[:4]]
+        tensors = [tensor for layer in self.layers for tensor in layer[:4]]
+        flags = [bool(dtype) for dtype in dtypes]
+        in_float32 = any(dtype and dtype != tensor.dtype for dtype, tensor in zip(dtypes, tensors, strict=True))  # type: ignore
         dx, *found = raw.lora_linear_backward(
-            grads, x, weights, lora_a, lora_b, low, scales, self.dropout_p, self.seeds, wants_x, flags
+            grads, x, weights, lora_a, lora_b, low, scales, self.dropout_p, self.seeds, wants_x, flags, in_float32
         )
         layers = tuple(
             Layer(*(found[kind][i] if flags[4 * i + kind] else None for kind in range(4)), None)  # type: ignore
