@@ -1,6 +1,8 @@
 // AdamW's update of one value in float32: the one formula that CPU and CUDA kernels run.
 #pragma once
 
+#include <cmath>
+
 #include "common/formula.h"
 
 namespace fastpt {
@@ -16,6 +18,19 @@ struct AdamW {
   float inverse_correction;  // 1 / sqrt(1 - beta2^t)
   float eps;
 };
+
+// The constants of step t of a tensor.
+inline AdamW adamw_of(float grad_scale, double lr, double beta1, double beta2, double eps, double weight_decay,
+                      double t) {
+  return {grad_scale,
+          static_cast<float>(1 - beta1),
+          static_cast<float>(beta2),
+          static_cast<float>(1 - beta2),
+          static_cast<float>(lr * weight_decay),
+          static_cast<float>(lr / (1 - std::pow(beta1, t))),
+          static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t))),
+          static_cast<float>(eps)};
+}
 
 // Updates the moments and returns the new value. Decay is part of what is subtracted: as a factor, 1 - lr *
 // weight_decay would keep one digit at lr 1e-5.

@@ -5,13 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifndef FASTPT_FORMULA
-#ifdef __CUDACC__
-#define FASTPT_FORMULA __host__ __device__ __forceinline__
-#else
-#define FASTPT_FORMULA inline __attribute__((always_inline))
-#endif
-#endif
+#include "common/formula.h"
 
 namespace fastpt {
 

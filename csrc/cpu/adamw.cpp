@@ -1,7 +1,6 @@
 // adamw and grad_norm on the CPU: the blocks of all tensors are one parallel loop; the definition is
 // fastpt/ops/adamw.py.
 #include <cmath>
-#include <functional>
 #include <optional>
 #include <vector>
 #include <ATen/Parallel.h>
@@ -9,19 +8,45 @@
 #include <ATen/ops/full.h>
 #include <torch/library.h>
 
-#include "common/adamw.h"
-#include "common/stochastic_rounding.h"
+#include "cpu/adamw.h"
 #include "cpu/dispatch.h"
 #define FASTPT_KERNELS "cpu/adamw_kernels.h"
 #include "cpu/for_each_isa.h"
 
 namespace fastpt {
+
+Update adamw_update(const AdamW& c, const at::Tensor& param, const at::Tensor& grad, const at::Tensor& exp_avg,
+                    const at::Tensor& exp_avg_sq, const at::Tensor* master, const RandomStream* stream) {
+  Update update;
+  if (stream != nullptr && param.scalar_type() == at::kBFloat16) {
+    by_dtype(grad, [&]<typename G>() {
+      update = [c, kernel = FASTPT_BY_ISA(adamw_stochastic_block<G>), stream = *stream, grad,
+                p = param.mutable_data_ptr<c10::BFloat16>(), g = grad.const_data_ptr<G>(),
+                m = exp_avg.mutable_data_ptr<float>(),
+                v = exp_avg_sq.mutable_data_ptr<float>()](int64_t first, int64_t end) {
+        kernel(end - first, c, stream, static_cast<uint64_t>(first), p + first, g + first, m + first, v + first);
+      };
+    });
+    return update;
+  }
+  by_dtype(param, [&]<typename P>() {
+    by_dtype(grad, [&]<typename G>() {
+      const auto kernel =
+          master != nullptr ? FASTPT_BY_ISA(adamw_block<P, G, true>) : FASTPT_BY_ISA(adamw_block<P, G, false>);
+      update = [c, kernel, grad, p = param.mutable_data_ptr<P>(), g = grad.const_data_ptr<G>(),
+                m = exp_avg.mutable_data_ptr<float>(), v = exp_avg_sq.mutable_data_ptr<float>(),
+                w = master != nullptr ? master->mutable_data_ptr<float>() : nullptr](int64_t first, int64_t end) {
+        kernel(end - first, c, p + first, g + first, m + first, v + first, w == nullptr ? w : w + first);
+      };
+    });
+  });
+  return update;
+}
+
 namespace {
 
 using at::Tensor;
 using at::TensorList;
-
-constexpr int64_t kBlock = 16384;  // values per task: half a megabyte of traffic, small against any thread's share
 
 void check(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
            TensorList masters) {
@@ -54,49 +79,6 @@ bool all_native(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
   return true;
 }
 
-// One tensor's update of its values [first, end), whatever the dtypes.
-using Update = std::function<void(int64_t first, int64_t end)>;
-
-Update update_of(const AdamW& c, const Tensor& param, const Tensor& grad, const Tensor& exp_avg,
-                 const Tensor& exp_avg_sq, const Tensor* master, const RandomStream* stream) {
-  Update update;
-  if (stream != nullptr && param.scalar_type() == at::kBFloat16) {
-    by_dtype(grad, [&]<typename G>() {
-      update = [c, kernel = FASTPT_BY_ISA(adamw_stochastic_block<G>), stream = *stream, grad,
-                p = param.mutable_data_ptr<c10::BFloat16>(), g = grad.const_data_ptr<G>(),
-                m = exp_avg.mutable_data_ptr<float>(),
-                v = exp_avg_sq.mutable_data_ptr<float>()](int64_t first, int64_t end) {
-        kernel(end - first, c, stream, static_cast<uint64_t>(first), p + first, g + first, m + first, v + first);
-      };
-    });
-    return update;
-  }
-  by_dtype(param, [&]<typename P>() {
-    by_dtype(grad, [&]<typename G>() {
-      const auto kernel =
-          master != nullptr ? FASTPT_BY_ISA(adamw_block<P, G, true>) : FASTPT_BY_ISA(adamw_block<P, G, false>);
-      update = [c, kernel, grad, p = param.mutable_data_ptr<P>(), g = grad.const_data_ptr<G>(),
-                m = exp_avg.mutable_data_ptr<float>(), v = exp_avg_sq.mutable_data_ptr<float>(),
-                w = master != nullptr ? master->mutable_data_ptr<float>() : nullptr](int64_t first, int64_t end) {
-        kernel(end - first, c, p + first, g + first, m + first, v + first, w == nullptr ? w : w + first);
-      };
-    });
-  });
-  return update;
-}
-
-struct Block {
-  size_t tensor;
-  int64_t first;
-};
-
-std::vector<Block> blocks_of(TensorList tensors) {
-  std::vector<Block> blocks;
-  for (size_t i = 0; i < tensors.size(); ++i)
-    for (int64_t first = 0; first < tensors[i].numel(); first += kBlock) blocks.push_back({i, first});
-  return blocks;
-}
-
 void adamw_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
                 TensorList masters, const std::optional<Tensor>& grad_scale, double lr, double beta1, double beta2,
                 double eps, double weight_decay, std::optional<int64_t> seed) {
@@ -114,25 +96,12 @@ void adamw_step(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
   std::vector<Update> updates;
   for (size_t i = 0; i < params.size(); ++i) {
     const double t = *steps[i].mutable_data_ptr<float>() += 1;
-    const AdamW c{scale,
-                  static_cast<float>(1 - beta1),
-                  static_cast<float>(beta2),
-                  static_cast<float>(1 - beta2),
-                  static_cast<float>(lr * weight_decay),
-                  static_cast<float>(lr / (1 - std::pow(beta1, t))),
-                  static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, t))),
-                  static_cast<float>(eps)};
+    const AdamW c = adamw_of(scale, lr, beta1, beta2, eps, weight_decay, t);
     const RandomStream stream = random_stream(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint64_t>(t), i);
-    updates.push_back(update_of(c, params[i], grads[i].contiguous(), exp_avgs[i], exp_avg_sqs[i],
+    updates.push_back(adamw_update(c, params[i], grads[i].contiguous(), exp_avgs[i], exp_avg_sqs[i],
                                 masters.empty() ? nullptr : &masters[i], seed ? &stream : nullptr));
   }
-  const auto blocks = blocks_of(params);
-  at::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t lo, int64_t hi) {
-    for (int64_t b = lo; b < hi; ++b) {
-      const auto [tensor, first] = blocks[b];
-      updates[tensor](first, std::min(first + kBlock, params[tensor].numel()));
-    }
-  });
+  run_updates(updates, params);
 }
 
 // Every block has its own partial sum and they are added in order: the same bits for any number of threads.

@@ -1,6 +1,7 @@
 """The public ops. Each lives in the file of its stem; importing them here binds the function over its submodule."""
 
 from fastpt.ops.adamw import adamw, grad_norm
+from fastpt.ops.adamw_8bit import adamw_8bit
 from fastpt.ops.attention import attention
 from fastpt.ops.bias_gelu import bias_gelu
 from fastpt.ops.cross_entropy import cross_entropy, cross_entropy_and_gradient
@@ -21,6 +22,7 @@ __all__ = [
     "Layer",
     "TokenStats",
     "adamw",
+    "adamw_8bit",
     "add_layer_norm",
     "add_rms_norm",
     "attention",

@@ -1,0 +1,120 @@
+// Dynamic 8-bit numbers (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861), as bitsandbytes stores optimizer
+// states: seven decades of 1, 2, 4, ... 64 evenly spaced values (unsigned: twice as many), zero and one, in units of the
+// block's largest magnitude. The definition is fastpt/ops/adamw_8bit.py; no search: the index follows from a formula and
+// one comparison.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+#include "common/formula.h"
+
+namespace fastpt {
+
+constexpr int kStateBlock = 256;  // values that share one scale
+
+struct DynamicMap {
+  float code[256];  // the value of each index, ascending
+  // Signed: [128 + r] the largest value nearest to the r-th positive code (0: zero), [127 - r] the largest magnitude
+  // nearest to the r-th negative one. Unsigned: [k] the largest value nearest to code k.
+  float last[256];
+};
+
+// The largest float for which `stays` holds, which holds for `low` and no longer for `high`.
+template <typename Stays>
+constexpr float last_that_stays(float low, float high, const Stays& stays) {
+  uint32_t yes = std::bit_cast<uint32_t>(low), no = std::bit_cast<uint32_t>(high);
+  while (yes + 1 < no) {
+    const uint32_t middle = yes + (no - yes) / 2;
+    (stays(std::bit_cast<float>(middle)) ? yes : no) = middle;
+  }
+  return std::bit_cast<float>(yes);
+}
+
+// Rounded where torch.linspace and bitsandbytes round, so that the codes are theirs to the bit.
+constexpr DynamicMap dynamic_map(bool is_signed) {
+  constexpr float kDecades[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+  float positive[256] = {};
+  int n = 1;
+  for (int decade = 0; decade < 7; ++decade) {
+    const int count = (is_signed ? 1 : 2) << decade;
+    const float step = (1.0f - 0.1f) / static_cast<float>(count);
+    const auto edge = [&](int i) {
+      return i < (count + 1) / 2 ? static_cast<float>(static_cast<double>(0.1f) + static_cast<double>(step) * i)
+                                 : static_cast<float>(1.0 - static_cast<double>(step) * (count - i));
+    };
+    for (int i = 0; i < count; ++i) positive[n++] = kDecades[decade] * ((edge(i) + edge(i + 1)) / 2.0f);
+  }
+  positive[n++] = 1.0f;
+  DynamicMap map{};
+  const auto tie_goes_down = [](float low, float high) {
+    return last_that_stays(low, high, [=](float x) { return !(high - x < x - low); });
+  };
+  const auto tie_goes_up = [](float low, float high) {
+    return last_that_stays(low, high, [=](float x) { return x - low < high - x; });
+  };
+  if (is_signed) {
+    for (int r = 0; r < 128; ++r) {
+      map.code[127 - r] = -positive[r];
+      map.code[127 + r] = positive[r];
+      map.last[127 - r] = r < 127 ? tie_goes_up(positive[r], positive[r + 1]) : std::numeric_limits<float>::infinity();
+      map.last[128 + r] = tie_goes_down(positive[r], positive[r + 1]);
+    }
+    map.code[255] = 1.0f;
+  } else {
+    for (int k = 0; k < 256; ++k) {
+      map.code[k] = positive[k];
+      map.last[k] = k < 255 ? tie_goes_down(positive[k], positive[k + 1]) : std::numeric_limits<float>::infinity();
+    }
+    map.last[0] = -1.0f;  // a second moment is not rounded to zero: the step divides by its root
+  }
+  return map;
+}
+
+// 2^decade * (1 + place in the decade) of a magnitude up to 1: concave, so it is the least of seven lines.
+FASTPT_FORMULA float dynamic_rank(float a) {
+  float rank = a * (1e6f / 0.9f) + 0.8f / 0.9f;
+  const auto at_most = [&](float line) { rank = line < rank ? line : rank; };
+  at_most(a * (2e5f / 0.9f) + 1.6f / 0.9f);
+  at_most(a * (4e4f / 0.9f) + 3.2f / 0.9f);
+  at_most(a * (8e3f / 0.9f) + 6.4f / 0.9f);
+  at_most(a * (1.6e3f / 0.9f) + 12.8f / 0.9f);
+  at_most(a * (3.2e2f / 0.9f) + 25.6f / 0.9f);
+  at_most(a * (6.4e1f / 0.9f) + 51.2f / 0.9f);
+  return rank;
+}
+
+FASTPT_FORMULA float magnitude_up_to_one(float x) {
+  const float a = __builtin_fabsf(x);
+  return a < 1.0f ? a : 1.0f;  // a NaN too
+}
+
+// The index of the code nearest to x. The formula gives it or the one before: `last` decides.
+FASTPT_FORMULA int32_t signed_index(const float* last, float x) {
+  const float a = magnitude_up_to_one(x);
+  const int32_t rank = static_cast<int32_t>(dynamic_rank(a) - 0.5f);
+  const bool is_negative = x < 0.0f;
+  const int32_t slot = is_negative ? 127 - rank : 128 + rank;
+  const int32_t is_beyond = a > last[slot] ? 1 : 0;
+  return is_negative ? slot - is_beyond : slot - 1 + is_beyond;
+}
+
+FASTPT_FORMULA int32_t unsigned_index(const float* last, float x) {
+  const float a = magnitude_up_to_one(x);
+  const int32_t rank = static_cast<int32_t>(dynamic_rank(a) * 2.0f - 1.5f);
+  return rank + (a > last[rank] ? 1 : 0);
+}
+
+// Magnitudes as integers: their maximum does not depend on the order, and a NaN is the largest.
+FASTPT_FORMULA uint32_t magnitude_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits & 0x7fffffffu;
+}
+
+FASTPT_FORMULA float inverse_scale(float absmax) {
+  return absmax == 0.0f ? 0.0f : 1.0f / absmax;
+}
+
+}  // namespace fastpt
