@@ -94,10 +94,12 @@ FASTPT_FORMULA float magnitude_up_to_one(float x) {
 FASTPT_FORMULA int32_t signed_index(const float* last, float x) {
   const float a = magnitude_up_to_one(x);
   const int32_t rank = static_cast<int32_t>(dynamic_rank(a) - 0.5f);
-  const bool is_negative = x < 0.0f;
-  const int32_t slot = is_negative ? 127 - rank : 128 + rank;
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  const int32_t sign = bits >> 31;  // of a negative -1: with it n ^ sign is -n - 1
+  const int32_t slot = 128 + (rank ^ sign);
   const int32_t is_beyond = a > last[slot] ? 1 : 0;
-  return is_negative ? slot - is_beyond : slot - 1 + is_beyond;
+  return slot + ((is_beyond - 1) ^ sign);
 }
 
 FASTPT_FORMULA int32_t unsigned_index(const float* last, float x) {

@@ -28,11 +28,14 @@ FASTPT_INLINE void round_block(int32_t n, const DynamicMap& first, const Dynamic
   std::memcpy(state.exp_avg_sq_absmax, &second_bits, sizeof second_bits);
   const float first_inverse = inverse_scale(*state.exp_avg_absmax);
   const float second_inverse = inverse_scale(*state.exp_avg_sq_absmax);
+  // In int32 first: the compiler must not think that a stored byte changes what it reads.
+  int32_t index[kStateBlock], index_sq[kStateBlock];
 #pragma omp simd
-  for (int32_t i = 0; i < n; ++i) {
-    state.exp_avg[i] = static_cast<uint8_t>(signed_index(first.last, exp_avg[i] * first_inverse));
-    state.exp_avg_sq[i] = static_cast<uint8_t>(unsigned_index(second.last, exp_avg_sq[i] * second_inverse));
-  }
+  for (int32_t i = 0; i < n; ++i) index[i] = signed_index(first.last, exp_avg[i] * first_inverse);
+#pragma omp simd
+  for (int32_t i = 0; i < n; ++i) index_sq[i] = unsigned_index(second.last, exp_avg_sq[i] * second_inverse);
+  for (int32_t i = 0; i < n; ++i) state.exp_avg[i] = static_cast<uint8_t>(index[i]);
+  for (int32_t i = 0; i < n; ++i) state.exp_avg_sq[i] = static_cast<uint8_t>(index_sq[i]);
 }
 
 // Values [first, first + n) of a tensor, first a multiple of kStateBlock; the pointers are those of the tensor. With a
