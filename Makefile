@@ -10,7 +10,7 @@ STAMP := $(VENV)/.fastpt-installed
 MODEL := .cache/smollm2
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup demo test sanitize check lint format types gpu-evidence bench gpu doctor clean
+.PHONY: help setup demo test sanitize cuda-check check lint format types gpu-evidence bench gpu doctor clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
@@ -39,17 +39,20 @@ test: $(STAMP) ## all tests
 sanitize: $(STAMP) ## the C++ kernels' tests under AddressSanitizer and UBSan, at every instruction set
 	$(PYTHON) -m tests.sanitize
 
+cuda-check: $(STAMP) ## the CUDA kernels compiled for six architectures and their machine code read, without a GPU
+	$(PYTHON) -m tests.cuda_check
+
 check: lint types test ## everything that must hold before a commit
 
 lint: $(STAMP) ## ruff, clang-format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	find csrc \( -name '*.cpp' -o -name '*.h' \) -print0 | xargs -0 $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc tests/cuda \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) -print0 | xargs -0 $(VENV)/bin/clang-format --dry-run --Werror
 
 format: $(STAMP) ## rewrite in the house style
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	find csrc \( -name '*.cpp' -o -name '*.h' \) -print0 | xargs -0 $(VENV)/bin/clang-format -i
+	find csrc tests/cuda \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \) -print0 | xargs -0 $(VENV)/bin/clang-format -i
 
 types: $(STAMP) ## mypy
 	$(PYTHON) -m mypy

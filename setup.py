@@ -2,6 +2,7 @@
 
 FASTPT_NATIVE=0 skips the native module, FASTPT_NATIVE=1 makes a missing compiler an error. By default it is built where
 a C++ compiler is there and skipped, with one line, where not: fastpt then runs on its PyTorch references.
+With a CUDA build of torch and nvcc, the CUDA C++ kernels are part of it; without nvcc, Triton and PyTorch serve GPUs.
 FASTPT_SANITIZE=1 instruments it with AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
 """
 
@@ -27,7 +28,7 @@ def native_module() -> dict:
     try:
         import pybind11
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError as missing:
         if wanted == "1":
             raise
@@ -41,19 +42,26 @@ def native_module() -> dict:
     ):  # -g1: reports name lines; -fno-wrapv: Python's own flags define overflow
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-wrapv", "-O1", "-g1"]
     minor = ".".join(torch.__version__.split(".")[:2])
-    extension = CppExtension(
+    has_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+    if torch.version.cuda is not None and not has_cuda:
+        print("fastpt: no nvcc found, building without the CUDA C++ kernels (set CUDA_HOME for them)", file=sys.stderr)
+    sources = [path for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp")]
+    if has_cuda:
+        sources += [path for ending in ("*.cpp", "*.cu") for path in Path("csrc/cuda").glob(ending)]
+    # ISA-specific code is chosen at run time (csrc/cpu/for_each_isa.h), so no -march here: the wheel runs elsewhere.
+    # -fopenmp: at::parallel_for is a header template that needs it to run in parallel.
+    flags = [
+        "-O3", "-std=c++20", "-g0", "-fopenmp", "-fvisibility=hidden",
+        "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi",
+        f'-DFASTPT_TORCH_MINOR="{minor}"', f"-DFASTPT_CUDA={int(has_cuda)}", *sanitizers,
+    ]  # fmt: skip
+    extension = (CUDAExtension if has_cuda else CppExtension)(
         "fastpt._C",
-        sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+        sorted(str(path) for path in sources),
         include_dirs=[str(Path("csrc").resolve()), pybind11.get_include()],
-        # ISA-specific code is chosen at run time (csrc/cpu/for_each_isa.h), so no -march here: the wheel runs elsewhere.
-        # -fopenmp: at::parallel_for is a header template that needs it to run in parallel.
-        extra_compile_args=[
-            "-O3", "-std=c++20", "-g0", "-fopenmp", "-fvisibility=hidden",
-            "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi",
-            f'-DFASTPT_TORCH_MINOR="{minor}"', *sanitizers,
-        ],
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20"]} if has_cuda else flags,
         extra_link_args=["-fopenmp", *sanitizers],
-    )  # fmt: skip
+    )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 

@@ -15,7 +15,7 @@ PYBIND11_MODULE(_C, m) {
         info["isa"] = fastpt::isa_name(fastpt::isa());
         info["gemm_bf16"] = fastpt::gemm_backend(true);
         info["gemm_fp32"] = fastpt::gemm_backend(false);
-        info["cuda"] = false;
+        info["cuda"] = FASTPT_CUDA != 0;
         return info;
       },
       "torch minor version of the build, and what the CPU kernels run on in this process");

@@ -1,7 +1,7 @@
 // Dynamic 8-bit numbers (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861), as bitsandbytes stores optimizer
-// states: seven decades of 1, 2, 4, ... 64 evenly spaced values (unsigned: twice as many), zero and one, in units of the
-// block's largest magnitude. The definition is fastpt/ops/adamw_8bit.py; no search: the index follows from a formula and
-// one comparison.
+// states: seven decades of 1, 2, 4, ... 64 evenly spaced values (unsigned: twice as many), zero and one, in units of
+// the block's largest magnitude. The definition is fastpt/ops/adamw_8bit.py; no search: the index follows from a
+// formula and one comparison.
 #pragma once
 
 #include <bit>

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "cpu/adamw.h"
+#include "cpu/adamw_lists.h"
 #include "cpu/dispatch.h"
 #define FASTPT_KERNELS "cpu/adamw_kernels.h"
 #include "cpu/for_each_isa.h"
@@ -48,24 +49,6 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-void check(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
-           TensorList masters) {
-  const size_t n = params.size();
-  TORCH_CHECK(grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && steps.size() == n &&
-                  (masters.empty() || masters.size() == n),
-              "adamw: ", n, " params, ", grads.size(), " grads, ", exp_avgs.size(), " exp_avgs, ", exp_avg_sqs.size(),
-              " exp_avg_sqs, ", steps.size(), " steps, ", masters.size(), " masters; the lists must be equally long");
-  for (size_t i = 0; i < n; ++i) {
-    const auto shape = params[i].sizes();
-    TORCH_CHECK(grads[i].sizes() == shape && exp_avgs[i].sizes() == shape && exp_avg_sqs[i].sizes() == shape &&
-                    (masters.empty() || masters[i].sizes() == shape),
-                "adamw: params[", i, "] is ", shape, ", its gradient ", grads[i].sizes(), ", its exp_avg ",
-                exp_avgs[i].sizes(), ", its exp_avg_sq ", exp_avg_sqs[i].sizes(), "; they must be equal");
-    TORCH_CHECK(steps[i].numel() == 1 && steps[i].scalar_type() == at::kFloat, "adamw: steps[", i, "] is ",
-                steps[i].sizes(), " ", steps[i].scalar_type(), "; it must be one float32");
-  }
-}
-
 bool is_plain_float(const Tensor& state) {
   return state.is_contiguous() && state.scalar_type() == at::kFloat;
 }
@@ -86,7 +69,7 @@ void adamw_step(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
       reference_of<void(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList,
                         const std::optional<Tensor>&, double, double, double, double, double, std::optional<int64_t>)>(
           "fastpt::adamw_step");
-  check(params, grads, exp_avgs, exp_avg_sqs, steps, masters);
+  check_lists("adamw", {params, grads, exp_avgs, exp_avg_sqs, {}, {}, steps, masters});
   if (!all_native(params, grads, exp_avgs, exp_avg_sqs, masters)) {
     reference(params, grads, exp_avgs, exp_avg_sqs, steps, masters, grad_scale, lr, beta1, beta2, eps, weight_decay,
               seed);
@@ -99,7 +82,7 @@ void adamw_step(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
     const AdamW c = adamw_of(scale, lr, beta1, beta2, eps, weight_decay, t);
     const RandomStream stream = random_stream(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint64_t>(t), i);
     updates.push_back(adamw_update(c, params[i], grads[i].contiguous(), exp_avgs[i], exp_avg_sqs[i],
-                                masters.empty() ? nullptr : &masters[i], seed ? &stream : nullptr));
+                                   masters.empty() ? nullptr : &masters[i], seed ? &stream : nullptr));
   }
   run_updates(updates, params);
 }

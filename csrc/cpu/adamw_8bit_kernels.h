@@ -65,7 +65,8 @@ void adamw_8bit_blocks(int64_t first, int64_t n, const AdamW& c, const DynamicMa
         const uint32_t low = static_cast<uint32_t>(start), high = static_cast<uint32_t>(start >> 32);
 #pragma omp simd
         for (int32_t i = 0; i < length; ++i)
-          param[start + i].x = round_stochastically(values[i], random_bits(*stream, low + static_cast<uint32_t>(i), high));
+          param[start + i].x =
+              round_stochastically(values[i], random_bits(*stream, low + static_cast<uint32_t>(i), high));
         continue;
       }
     }

@@ -62,6 +62,7 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+SERVED_BY_TRITON: set[str] = set()  # on CUDA
 
 
 def register(
@@ -69,16 +70,18 @@ def register(
 ) -> Callable[..., Any]:
     """Define `fastpt::<name>` from its schema and return the overload to call.
 
-    `reference` serves every device that has no kernel of its own. A C++ kernel claims the CPU by
-    TORCH_LIBRARY_IMPL(fastpt, CPU, m). `triton` is "module:function", imported on its first call with CUDA tensors.
+    `reference` serves every device that has no kernel of its own. A C++ kernel claims the CPU or CUDA by
+    TORCH_LIBRARY_IMPL(fastpt, CPU, m). `triton` is "module:function", imported on its first call with CUDA tensors; where
+    CUDA C++ was built and has the op, it serves it instead.
     `fake` and `cost` take the op's arguments; `fake` returns empty outputs, `cost` a `Cost`.
     """
     name = LIBRARY.define(schema).split("::")[-1]
     LIBRARY.impl(name, _past_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastpt::{name}", fake, lib=LIBRARY)
     kernel = None if triton is None else _past_autocast(_by_dtype(triton, reference))
-    if kernel is not None:
+    if kernel is not None and not _has_kernel(name, "CUDA"):
         LIBRARY.impl(name, kernel, "CUDA")
+        SERVED_BY_TRITON.add(name)
     overload = getattr(torch.ops.fastpt, name).default
     OPS[name] = Op(name, overload, reference, cost, kernel, triton)
     return overload
@@ -142,9 +145,13 @@ def _imported_on_first_call(target: str) -> Callable:
 def serving_kernel(name: str, device_type: str) -> str:
     """What serves `fastpt::<name>` on a device type: "C++", "Triton" or "reference"."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpt::{name}", key):
+    if key is None or not _has_kernel(name, key):
         return "reference"
-    return "C++" if key == "CPU" else "Triton"
+    return "Triton" if key == "CUDA" and name in SERVED_BY_TRITON else "C++"
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpt::{name}", key)
 
 
 def nbytes(*tensors: torch.Tensor | None) -> int:

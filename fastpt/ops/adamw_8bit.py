@@ -85,12 +85,12 @@ def reference(
 ) -> None:
     """The definition: adamw's on the moments as they stand for, which are rounded again after it."""
     states = (exp_avgs, exp_avg_absmaxes, True), (exp_avg_sqs, exp_avg_sq_absmaxes, False)
-    moments = [
+    first, second = (
         [dequantize(q, a, is_signed) if q.dtype == torch.uint8 else q for q, a in zip(codes, absmaxes, strict=True)]
         for codes, absmaxes, is_signed in states
-    ]
-    adamw_reference(params, grads, *moments, steps, masters, grad_scale, lr, beta1, beta2, eps, weight_decay, seed)
-    for (codes, absmaxes, is_signed), values in zip(states, moments, strict=True):
+    )
+    adamw_reference(params, grads, first, second, steps, masters, grad_scale, lr, beta1, beta2, eps, weight_decay, seed)
+    for (codes, absmaxes, is_signed), values in zip(states, (first, second), strict=True):
         for code, absmax, value in zip(codes, absmaxes, values, strict=True):
             if code.dtype == torch.uint8:
                 for old, new in zip((code, absmax), quantize(value, is_signed), strict=True):

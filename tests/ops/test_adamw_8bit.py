@@ -73,7 +73,9 @@ def test_the_map_is_that_of_bitsandbytes(is_signed):
     assert torch.equal(dynamic_map(is_signed), functional.create_dynamic_map(is_signed))
 
 
-@pytest.mark.parametrize("grad", [spread(n) for n in (1, 255, 256, 257, 40001)] + [halfway(True), halfway(False).sqrt()])
+@pytest.mark.parametrize(
+    "grad", [spread(n) for n in (1, 255, 256, 257, 40001)] + [halfway(True), halfway(False).sqrt()]
+)
 def test_the_kernel_rounds_as_defined(grad):
     """With betas of 0 the moments are the gradient and its square: codes and scales to the bit."""
     found = states([grad])
@@ -204,7 +206,9 @@ def test_results_do_not_depend_on_the_thread_count():
 
 def test_opcheck():
     params = values([(3,), (2, 300)], torch.bfloat16)
-    check_opcheck(_step, params, values([(3,), (2, 300)], seed=1), *used_states(params), [], None, *SETTINGS.values(), 5)
+    check_opcheck(
+        _step, params, values([(3,), (2, 300)], seed=1), *used_states(params), [], None, *SETTINGS.values(), 5
+    )
 
 
 def test_a_changed_weight_is_noticed_by_autograd():

@@ -1,0 +1,53 @@
+"""CUDA kernel bodies on the CPU: every grid and block index, at odd sizes, under AddressSanitizer; and that faults are seen."""
+
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILER = shutil.which("c++") or shutil.which("g++")
+FAULTS = {  # in a header of csrc/cuda: what stands there, what would be wrong
+    "out of range": ("adamw_body.h", "left >= kGroup ? kGroup", "left > 0 ? kGroup"),
+    "a last program missing": ("adamw.h", "(size + kProgramValues - 1) / kProgramValues", "size / kProgramValues + (size == 1)"),
+    "a scale from another thread": ("adamw_body.h", "if (thread % kScaleThreads == 0)", "if (thread % kScaleThreads == 1)"),
+    "an address that is not aligned": ("adamw_body.h", "thread * kThreadValues + g * kGroup", "thread * kGroup + g * kGroup"),
+}  # fmt: skip
+
+
+def run(name: str, folder: Path, sources: Path = ROOT / "csrc") -> subprocess.CompletedProcess:
+    program = folder / name
+    command = [COMPILER, "-std=c++20", "-O1", "-g0", "-Wall", "-ffp-contract=off", "-fsanitize=address,undefined",
+               "-fno-sanitize-recover=all", f"-I{sources}", f"-I{ROOT / 'tests/cuda'}",
+               ROOT / f"tests/cuda/{name}.cpp", "-o", program]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    environment = {"ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run([program], capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_adamw_touches_every_value_and_no_other(tmp_path):
+    done = run("adamw_emulation", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "168 tensors" in done.stdout
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault, tmp_path):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    file, right, wrong = FAULTS[fault]
+    header = tmp_path / "csrc/cuda" / file
+    text = header.read_text()
+    assert text.count(right) == 1
+    header.write_text(text.replace(right, wrong))
+    done = run("adamw_emulation", tmp_path, tmp_path / "csrc")
+    assert done.returncode != 0
+    if fault == "out of range":
+        assert "AddressSanitizer" in done.stderr
+    elif fault == "an address that is not aligned":
+        assert done.returncode == -signal.SIGILL  # load_16_bytes traps
+    else:
+        assert "wrong:" in done.stdout
