@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,10 +93,17 @@ class MethodConfig(Node):
     )
 
 
+OPTIMIZERS = ("adamw", "adamw_8bit", "muon", "adafactor", "schedule_free")
+
+
 class OptimConfig(Node):
     """Optimizer and schedule."""
 
-    name: Any = Field("adamw", description='"adamw", or your own function from parameter groups to a torch Optimizer')
+    name: Any = Field(
+        "adamw",
+        description='"adamw", "adamw_8bit" (moments of a byte), "muon", "adafactor", "schedule_free", or your own function '
+        "from parameter groups to a torch Optimizer",
+    )
     lr: float | None = Field(None, gt=0, description="peak learning rate (default: 2e-4 for adapters, 2e-5 otherwise)")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
@@ -108,6 +116,9 @@ class OptimConfig(Node):
         "master",
         description="bfloat16 weights: the rounded copy of a float32 master, or stochastic (4 bytes each less)",
     )
+    in_backward: bool = Field(
+        False, description="update each parameter as its gradient is ready; all gradients never exist at once"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -116,8 +127,20 @@ class OptimConfig(Node):
 
     @model_validator(mode="after")
     def _known(self) -> OptimConfig:
-        if self.name != "adamw" and not callable(self.name):
-            raise ValueError(f'optimizer {self.name!r} is not known; use "adamw" or pass a function')
+        if self.name not in OPTIMIZERS and not callable(self.name):
+            known = ", ".join(f'"{name}"' for name in OPTIMIZERS)
+            raise ValueError(f"optimizer {self.name!r} is not known; use {known} or pass a function")
+        if self.name == "schedule_free" and self.schedule != "constant":
+            raise ValueError(
+                f'"schedule_free" takes no schedule but the warm-up: set optim.schedule="constant", not {self.schedule!r}'
+            )
+        if self.in_backward and self.name in OPTIMIZERS[2:]:
+            raise ValueError('in_backward needs an optimizer that steps one parameter: "adamw" or "adamw_8bit"')
+        if self.in_backward and self.clip_norm not in (None, math.inf):
+            raise ValueError(
+                f"in_backward cannot clip by the norm of all gradients, which never exist at once: set optim.clip_norm=inf "
+                f"(it is {self.clip_norm})"
+            )
         return self
 
 

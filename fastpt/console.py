@@ -170,6 +170,9 @@ class Console:
         found = f"loss {record.get('loss')}, gradient norm {record.get('grad_norm')}"
         named = f"; rows: {', '.join(rows)}" if rows else "; each of its rows alone is finite"
         message = f"step {record['step']} SKIPPED, weights unchanged: not finite ({found}){named}"
+        if parameters := record.get("skipped_parameters"):
+            more = f" and {len(parameters) - 3} more" if len(parameters) > 3 else ""
+            message = f"step {record['step']} SKIPPED {', '.join(parameters[:3])}{more}: gradient not finite ({found})"
         self._print(Text.assemble(("warning: ", "bold yellow"), (_visible(message), "bold red")))
 
     def _print(self, text: Text) -> None:

@@ -243,10 +243,11 @@ svg { font-size: 11px; width: 100%; box-sizing: border-box } svg .title { font-s
 {% if skipped %}
 <h2>Skipped steps</h2>
 <div class="warning">In {{ skipped | length }} of the logged steps the loss or a gradient was not finite;
-the weights stayed as they were.
+the weights, or those named, stayed as they were.
 <table>
 {% for record in skipped[:50] %}
-<tr><td>step {{ record.step }}</td><td>{{ record.rows | join(", ") or "each of its rows alone is finite" }}</td></tr>
+<tr><td>step {{ record.step }}</td><td>{{ (record.rows or record.skipped_parameters or []) | join(", ")
+    or "each of its rows alone is finite" }}</td></tr>
 {% endfor %}
 </table></div>
 {% endif %}

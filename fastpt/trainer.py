@@ -28,7 +28,7 @@ from fastpt.fusion import fuse
 from fastpt.interrupt import stop_on_signals
 from fastpt.memory import is_out_of_memory, peak_bytes
 from fastpt.objectives import make_objective
-from fastpt.optim import make_optimizer
+from fastpt.optim import StepInBackward, clipped_step, make_optimizer, weights_for
 from fastpt.optim.schedule import lr_scale
 from fastpt.preparation import examples_of, make_feed, read_rows, settle_max_length, settle_output
 from fastpt.records import History
@@ -117,6 +117,7 @@ class Trainer:
         self.handle = fuse(self.model)
         self.scorer = ModelScorer(self.model)
         self.optimizer = make_optimizer(self.model, config)
+        self.in_backward = StepInBackward(self.optimizer) if config.optim.in_backward else None
         self._prepare_data(rows, eval_rows)
         trained, total = count_parameters(self.model)
         self.console.say(
@@ -163,6 +164,7 @@ class Trainer:
         for listener in self._listeners("on_start"):
             listener(self)
         self.model.train()
+        weights_for(self.optimizer, "train")
         with stop_on_signals() as stop:
             while self.step < self.total_steps and not stop:
                 micro = next(self._steps)
@@ -196,13 +198,18 @@ class Trainer:
         for examples in micro:
             batch = collate(examples).to(self.device)
             loss, metrics = self.objective.loss(self.scorer, batch)
+            if self.in_backward is not None:
+                self.in_backward.begin(micro_batches=len(micro), count=batch.count)
             loss.backward()
             loss_sum += loss.detach()
             count, tokens = count + batch.count, tokens + batch.tokens
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         count = max(count, 1e-12)
-        norm = ops.grad_norm([p.grad for p in self.parameters if p.grad is not None]) / count
+        if self.in_backward is not None:
+            norm = self.in_backward.norm() / count
+        else:
+            norm = ops.grad_norm([p.grad for p in self.parameters if p.grad is not None]) / count
         # the one host sync of the step
         loss, grad_norm, *totals = torch.stack(
             [loss_sum / count, norm, *(value / count for value in sums.values())]
@@ -214,8 +221,11 @@ class Trainer:
             "lr": lr,
             "grad_norm": grad_norm,
         }
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._update(1.0 / count, grad_norm)
+        if self.in_backward is not None:
+            record |= self.in_backward.skipped()
+            self.totals["skipped_steps"] += "skipped" in record
+        elif math.isfinite(loss) and math.isfinite(grad_norm):
+            clipped_step(self.optimizer, 1.0 / count, grad_norm, self.config.optim.clip_norm)
         else:
             self.optimizer.zero_grad(set_to_none=True)
             examples = [example for one in micro for example in one]
@@ -228,19 +238,6 @@ class Trainer:
         record |= dict(zip(sums, totals, strict=True))
         rate = {"tokens": tokens, "trained_tokens": round(count), "tokens_per_s": tokens / seconds, "step_s": seconds}
         return record | rate | {"peak_bytes": peak_bytes(self.device)}
-
-    def _update(self, scale: float, grad_norm: float) -> None:
-        """One optimizer step with the gradients divided by the token count and clipped, in a single factor."""
-        clip = self.config.optim.clip_norm
-        if clip is not None and grad_norm > clip:
-            scale *= clip / grad_norm
-        factor = torch.tensor(scale, dtype=torch.float32, device=self.device)
-        if getattr(self.optimizer, "takes_grad_scale", False):
-            self.optimizer.step(grad_scale=factor)  # type: ignore[call-arg]
-        else:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
     def _set_lr(self) -> float:
         scale = lr_scale(self.config.optim, self.step, self.total_steps)
@@ -276,6 +273,7 @@ class Trainer:
         """Evaluate on the held-out rows; true when the best metric improved."""
         assert self.eval_data is not None
         self.model.eval()
+        weights_for(self.optimizer, "eval")
         sums: dict[str, torch.Tensor] = {}
         count = 0.0
         for examples in micro_batches(self.eval_data, self.micro_tokens):
@@ -284,6 +282,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0) + value
             count += batch.count
         self.model.train()
+        weights_for(self.optimizer, "train")
         found = {f"eval_{name}": value.item() / max(count, 1e-12) for name, value in sums.items()}
         found["eval_perplexity"] = math.exp(min(found["eval_loss"], 700.0))
         self.metrics.update(found)
@@ -313,6 +312,7 @@ class Trainer:
             "totals": self.totals,
             "metrics": self.metrics,
         }
+        weights_for(self.optimizer, "eval")
         try:
             path = checkpoint.save(
                 folder / f"step-{self.step:08d}", model=self.model, optimizer=self.optimizer, state=state
@@ -320,6 +320,8 @@ class Trainer:
         except CheckpointError as error:
             self.console.warn(str(error))
             return
+        finally:
+            weights_for(self.optimizer, "train")
         checkpoint.prune(folder, self.config.keep_checkpoints, f"step-{self.best['step']:08d}" if self.best else None)
         for listener in self._listeners("on_save"):
             listener(self, path)
@@ -361,6 +363,7 @@ class Trainer:
 
     def _finish(self) -> Run:
         """Write the trained model and the run's records; a full disk raises, with the run on the error (`error.run`)."""
+        weights_for(self.optimizer, "eval")
         seconds = max(self.totals["seconds"], 1e-9)
         self.metrics |= {**self.totals, "steps": self.step, "tokens_per_s": self.totals["tokens"] / seconds}
         self.metrics["peak_bytes"] = peak_bytes(self.device)

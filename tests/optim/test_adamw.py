@@ -1,7 +1,8 @@
-"""AdamW as an optimizer: torch's own trajectory, bfloat16 masters, exact state round trip."""
+"""AdamW as an optimizer: torch's own trajectory, bfloat16 masters, 8 bits, bitsandbytes' states, exact round trips."""
 
 import copy
 
+import pytest
 import torch
 
 from fastpt.optim.adamw import AdamW
@@ -86,3 +87,130 @@ def test_stochastic_rounding_needs_no_master_and_resumes():
         twins.append(p.detach())
     assert torch.equal(*twins)
     assert not torch.equal(twins[0], start.bfloat16())
+
+
+SHAPES = [(80, 64), (5000,), (33,)]  # the last stays in float32
+
+
+def _steps(optimizer, parameters, count, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def _twins(dtype=torch.float32):
+    start = [torch.randn(s).to(dtype) for s in SHAPES]
+    return [[torch.nn.Parameter(p.clone()) for p in start] for _ in range(2)]
+
+
+@pytest.mark.parametrize("rounding_seed", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bits_resume_to_the_bit(dtype, rounding_seed):
+    whole, cut = _twins(dtype)
+    straight = AdamW(whole, lr=1e-2, bits=8, rounding_seed=rounding_seed)
+    _steps(straight, whole, 3)
+    _steps(straight, whole, 3, seed=4)
+    first = AdamW(cut, lr=1e-2, bits=8, rounding_seed=rounding_seed)
+    _steps(first, cut, 3)
+    second = AdamW(cut, lr=1.0, bits=8, rounding_seed=rounding_seed)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    _steps(second, cut, 3, seed=4)
+    for p, q in zip(whole, cut, strict=True):
+        assert torch.equal(p, q)
+    assert [second.state[p]["exp_avg"].dtype for p in cut] == [torch.uint8, torch.uint8, torch.float32]
+    assert ("master" in second.state[cut[0]]) == (dtype == torch.bfloat16 and rounding_seed is None)
+
+
+def test_8_bit_states_take_two_bytes_and_a_bit():
+    p = torch.nn.Parameter(torch.randn(640, 512))
+    optimizer = AdamW([p], lr=1e-2, bits=8)
+    _steps(optimizer, [p], 1)
+    assert sum(t.nbytes for t in optimizer.state[p].values()) <= 2.1 * p.numel()
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_states_go_to_bitsandbytes_and_back(bits):
+    optim = pytest.importorskip("bitsandbytes.optim")
+    ours, theirs = _twins()
+    first = AdamW(ours, lr=1e-2, bits=bits)
+    _steps(first, ours, 3)
+    with torch.no_grad():
+        for p, q in zip(ours, theirs, strict=True):
+            q.copy_(p)
+    second = (optim.AdamW8bit if bits == 8 else optim.AdamW32bit)(theirs, lr=1e-2, weight_decay=0.0)
+    second.load_state_dict(first.bitsandbytes_state_dict())
+    _steps(first, ours, 1, seed=9)
+    _steps(second, theirs, 1, seed=9)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+    third = AdamW(theirs, lr=1e-2, bits=bits)
+    third.load_state_dict(copy.deepcopy(second.state_dict()))
+    assert all(int(third.state[q]["step"]) == 4 for q in theirs)
+    for q in theirs:
+        for name, number in (("exp_avg", 1), ("exp_avg_sq", 2)):
+            assert torch.equal(third.state[q][name], second.state[q][f"state{number}"])
+    _steps(second, theirs, 1, seed=10)
+    after = [q.detach().clone() for q in theirs]
+    with torch.no_grad():
+        for p, q in zip(theirs, ours, strict=True):
+            p.copy_(q)  # where both were before, up to rounding
+    _steps(third, theirs, 1, seed=10)
+    for p, q in zip(theirs, after, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_states_of_another_map_keep_their_values():
+    from fastpt.optim.states import from_bitsandbytes
+
+    code = torch.linspace(-1, 1, 256)
+    state = {
+        "step": 4,
+        "state1": torch.arange(256, dtype=torch.uint8),
+        "state2": torch.full((256,), 255, dtype=torch.uint8),
+    }
+    state |= {"qmap1": code, "qmap2": code, "absmax1": torch.tensor([3.0]), "absmax2": torch.tensor([2.0])}
+    found = from_bitsandbytes(state)
+    from fastpt.ops.adamw_8bit import dequantize
+
+    moment = dequantize(found["exp_avg"], found["exp_avg_absmax"], True)
+    torch.testing.assert_close(moment, 3 * code, rtol=0.05, atol=0.03)
+    assert (dequantize(found["exp_avg_sq"], found["exp_avg_sq_absmax"], False) == 2).all()
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 32), (32, 8)])
+def test_moments_of_other_bits_are_converted(before, after):
+    ours, _ = _twins()
+    first = AdamW(ours, lr=1e-2, bits=before)
+    _steps(first, ours, 3)
+    second = AdamW(ours, lr=1e-2, bits=after)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    p = ours[0]
+    assert second.state[p]["exp_avg"].dtype == (torch.uint8 if after == 8 else torch.float32)
+    third = AdamW(ours, lr=1e-2, bits=32)
+    third.load_state_dict(second.state_dict())
+    whole = AdamW(ours, lr=1e-2, bits=32)
+    whole.load_state_dict(first.state_dict())
+    torch.testing.assert_close(third.state[p]["exp_avg"], whole.state[p]["exp_avg"], rtol=0.1, atol=0.01)
+
+
+def test_goes_with_schedulers_closures_and_groups():
+    p, q = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = AdamW([{"params": [p]}, {"params": [q], "lr": 1e-3}], lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p.sum() + q.sum()) ** 2
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 64
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-3, 5e-4]
+    assert (1 - p).mean().item() == pytest.approx(1e-2, rel=1e-3)
+    assert (1 - q).mean().item() == pytest.approx(1e-3, rel=1e-3)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    optimizer.step(closure)
