@@ -90,22 +90,43 @@ FASTPT_FORMULA float magnitude_up_to_one(float x) {
   return a < 1.0f ? a : 1.0f;  // a NaN too
 }
 
-// The index of the code nearest to x. The formula gives it or the one before: `last` decides.
-FASTPT_FORMULA int32_t signed_index(const float* last, float x) {
+// The index of the code nearest to x: a formula gives it or its neighbour, the place in `last` decides which.
+struct SignedPlace {
+  float magnitude;
+  int32_t sign;  // of a negative -1: with it n ^ sign is -n - 1
+  int32_t slot;  // in `last`
+
+  FASTPT_FORMULA int32_t index(float last) const { return slot + (((magnitude > last ? 1 : 0) - 1) ^ sign); }
+};
+
+FASTPT_FORMULA SignedPlace signed_place(float x) {
   const float a = magnitude_up_to_one(x);
-  const int32_t rank = static_cast<int32_t>(dynamic_rank(a) - 0.5f);
   int32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
-  const int32_t sign = bits >> 31;  // of a negative -1: with it n ^ sign is -n - 1
-  const int32_t slot = 128 + (rank ^ sign);
-  const int32_t is_beyond = a > last[slot] ? 1 : 0;
-  return slot + ((is_beyond - 1) ^ sign);
+  const int32_t sign = bits >> 31;
+  return {a, sign, 128 + (static_cast<int32_t>(dynamic_rank(a) - 0.5f) ^ sign)};
+}
+
+struct UnsignedPlace {
+  float magnitude;
+  int32_t slot;
+
+  FASTPT_FORMULA int32_t index(float last) const { return slot + (magnitude > last ? 1 : 0); }
+};
+
+FASTPT_FORMULA UnsignedPlace unsigned_place(float x) {
+  const float a = magnitude_up_to_one(x);
+  return {a, static_cast<int32_t>(dynamic_rank(a) * 2.0f - 1.5f)};
+}
+
+FASTPT_FORMULA int32_t signed_index(const float* last, float x) {
+  const SignedPlace place = signed_place(x);
+  return place.index(last[place.slot]);
 }
 
 FASTPT_FORMULA int32_t unsigned_index(const float* last, float x) {
-  const float a = magnitude_up_to_one(x);
-  const int32_t rank = static_cast<int32_t>(dynamic_rank(a) * 2.0f - 1.5f);
-  return rank + (a > last[rank] ? 1 : 0);
+  const UnsignedPlace place = unsigned_place(x);
+  return place.index(last[place.slot]);
 }
 
 // Magnitudes as integers: their maximum does not depend on the order, and a NaN is the largest.
