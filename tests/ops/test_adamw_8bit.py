@@ -219,6 +219,33 @@ def test_a_changed_weight_is_noticed_by_autograd():
         out.backward()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounding", ["none", "masters", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_as_defined(dtype, rounding):
+    """All sizes and kinds of moments in one launch: codes, scales and parameters as the definition has them on the CPU."""
+    sizes = [(1,), (255,), (4096,), (4097,), (3, 8195), (16385,)]
+    params, grads = values(sizes, dtype), values(sizes, seed=1)
+    found = used_states(params)
+    for k in (0, 1):  # the first two in float32
+        for i in (0, 1):
+            found[k][i], found[k + 2][i] = values(sizes, seed=7)[i].abs(), torch.zeros(0)
+    masters = [p.float() for p in params] if rounding == "masters" else []
+    there = [[t.cuda() for t in column] for column in (params, grads, *found[:4])]
+    steps, masters_there = [s.clone() for s in found[4]], [t.cuda() for t in masters]
+    scale, seed = torch.tensor(0.5), 3 if rounding == "stochastic" else None
+    adamw_8bit(*there, steps, masters=masters_there, grad_scale=scale.cuda(), seed=seed, **SETTINGS)
+    reference(params, grads, *found, masters, scale, *SETTINGS.values(), seed)
+    for i, param in enumerate(params):
+        torch.testing.assert_close(there[0][i].cpu(), param, rtol=2**-7 if dtype != torch.float32 else 2e-6, atol=1e-7)
+        for k in (0, 1):
+            apart = (there[2 + k][i].cpu().double() - found[k][i].double()).abs()
+            assert (apart > 1e-6).sum() <= 2 + param.numel() // 1000
+            assert apart.max() <= 1
+            torch.testing.assert_close(there[4 + k][i].cpu(), found[2 + k][i], rtol=1e-6, atol=0)
+    assert steps == found[4]
+
+
 @needs_native
 def test_wrong_inputs_are_named():
     params = values([(3,), (2, 5)])
