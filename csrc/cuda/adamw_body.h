@@ -45,24 +45,24 @@ FASTPT_FORMULA Place place_of(const AdamWRow& row, int64_t tile_first, int threa
   return {first, count, row.is_aligned != 0 && count == kGroup};
 }
 
+// A thread's codes of a moment, four in a word as they lie in memory: unpacked at their use, not where they are loaded.
 struct Codes {
-  uint8_t at[kThreadValues];
+  Words4 words;
+
+  FASTPT_FORMULA uint8_t at(int i) const { return static_cast<uint8_t>(words.at[i / 4] >> (i % 4 * 8)); }
+  FASTPT_FORMULA void put(int i, int32_t code) {  // once for each i
+    words.at[i / 4] |= static_cast<uint32_t>(code) << (i % 4 * 8);
+  }
 };
 
-// A thread's codes: both its groups, of which `count` are there.
+// Of both its groups, of which `count` are there.
 FASTPT_FORMULA Codes load_codes(const void* base, int64_t first, int count, bool is_wide) {
-  Codes codes{};
   const uint8_t* from = static_cast<const uint8_t*>(base) + first;
-  if (is_wide) {
-    const Words4 words = load_16_bytes(from);
-    FASTPT_UNROLL
-    for (int i = 0; i < kThreadValues; ++i) codes.at[i] = static_cast<uint8_t>(words.at[i / 4] >> (i % 4 * 8));
-    return codes;
-  }
+  if (is_wide) return {load_16_bytes(from)};
+  Codes codes{};
   FASTPT_UNROLL
   for (int i = 0; i < kThreadValues; ++i) {
-    if (i >= count) continue;
-    codes.at[i] = from[i];
+    if (i < count) codes.put(i, from[i]);
   }
   return codes;
 }
@@ -70,16 +70,12 @@ FASTPT_FORMULA Codes load_codes(const void* base, int64_t first, int count, bool
 FASTPT_FORMULA void store_codes(void* base, int64_t first, int count, bool is_wide, const Codes& codes) {
   uint8_t* to = static_cast<uint8_t*>(base) + first;
   if (is_wide) {
-    Words4 words{};
-    FASTPT_UNROLL
-    for (int i = 0; i < kThreadValues; ++i) words.at[i / 4] |= static_cast<uint32_t>(codes.at[i]) << (i % 4 * 8);
-    store_16_bytes(to, words);
+    store_16_bytes(to, codes.words);
     return;
   }
   FASTPT_UNROLL
   for (int i = 0; i < kThreadValues; ++i) {
-    if (i >= count) continue;
-    to[i] = codes.at[i];
+    if (i < count) to[i] = codes.at(i);
   }
 }
 
@@ -144,8 +140,8 @@ FASTPT_FORMULA void update_tile(const AdamWRow& row, const AdamW& shared, const 
     const float scale_sq = count > 0 ? row.exp_avg_sq_absmax[block] : 0.0f;
     FASTPT_UNROLL
     for (int i = 0; i < kThreadValues; ++i) {
-      own.exp_avg[i] = first_code[codes.at[i]] * scale;
-      own.exp_avg_sq[i] = second_code[codes_sq.at[i]] * scale_sq;
+      own.exp_avg[i] = first_code[codes.at(i)] * scale;
+      own.exp_avg_sq[i] = second_code[codes_sq.at(i)] * scale_sq;
     }
   } else {
     FASTPT_UNROLL
@@ -198,8 +194,8 @@ FASTPT_FORMULA void store_moments(const AdamWRow& row, const float* first_last, 
   Codes codes{}, codes_sq{};
   FASTPT_UNROLL
   for (int i = 0; i < kThreadValues; ++i) {
-    codes.at[i] = static_cast<uint8_t>(signed_index(first_last, own.exp_avg[i] * inverse));
-    codes_sq.at[i] = static_cast<uint8_t>(unsigned_index(second_last, own.exp_avg_sq[i] * inverse_sq));
+    codes.put(i, signed_index(first_last, own.exp_avg[i] * inverse));
+    codes_sq.put(i, unsigned_index(second_last, own.exp_avg_sq[i] * inverse_sq));
   }
   store_codes(row.exp_avg, low.first, count, high.is_wide, codes);
   store_codes(row.exp_avg_sq, low.first, count, high.is_wide, codes_sq);
