@@ -11,6 +11,7 @@ from fastpt.ops.grouped_linear import grouped_linear
 from fastpt.ops.layer_norm import add_layer_norm, layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastpt.ops.lora_linear import Layer, linear_group, lora_linear, lora_swiglu
+from fastpt.ops.nf4 import NF4Weight, nf4_dequantize, nf4_quantize
 from fastpt.ops.rms_norm import add_rms_norm, rms_norm
 from fastpt.ops.rope import rope
 from fastpt.ops.swiglu import swiglu
@@ -18,6 +19,7 @@ from fastpt.ops.token_stats import TokenStats, token_stats
 
 __all__ = [
     "Layer",
+    "NF4Weight",
     "TokenStats",
     "adamw",
     "add_layer_norm",
@@ -37,6 +39,8 @@ __all__ = [
     "linear_group",
     "lora_linear",
     "lora_swiglu",
+    "nf4_dequantize",
+    "nf4_quantize",
     "rms_norm",
     "rope",
     "swiglu",
