@@ -12,6 +12,7 @@ from fastpt.ops.layer_norm import add_layer_norm, layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastpt.ops.lora_linear import Layer, linear_group, lora_linear, lora_swiglu
 from fastpt.ops.nf4 import NF4Weight, nf4_dequantize, nf4_quantize
+from fastpt.ops.nf4_linear import nf4_linear
 from fastpt.ops.rms_norm import add_rms_norm, rms_norm
 from fastpt.ops.rope import rope
 from fastpt.ops.swiglu import swiglu
@@ -40,6 +41,7 @@ __all__ = [
     "lora_linear",
     "lora_swiglu",
     "nf4_dequantize",
+    "nf4_linear",
     "nf4_quantize",
     "rms_norm",
     "rope",
