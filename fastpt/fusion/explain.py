@@ -112,7 +112,8 @@ def _block_rows(path: str, block: nn.Module, recipe: Recipe, patch: Patch, devic
     rows += [_served(f"{attention}.{name}", "lora_linear", device) for name in recipe.qkv]
     rows += [_served(f"{attention}.{norm.name}", "rms_norm", device) for norm in (recipe.q_norm, recipe.k_norm) if norm]
     window = getattr(block._modules[recipe.attention], "sliding_window", None)
-    options = next(block.parameters()), recipe.head_dim, window, recipe.softcap
+    norm = next(p for p in block.parameters() if p.dim() == 1)  # of the activations' dtype
+    options = norm, recipe.head_dim, window, recipe.softcap
     rows += [_served(attention, "rope", device), _attention(attention, "attention", *options)]
     rows.append(_served(f"{attention}.{recipe.output}", "lora_linear", device))
     rows += [_served(f"{path}.{n.name}", "rms_norm", device) for n in (recipe.after_attention, recipe.after_mlp) if n]

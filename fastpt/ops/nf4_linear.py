@@ -48,7 +48,7 @@ def reference(x, weights, absmax, nested, biases, lora_a, lora_b, scales, dropou
 
 
 def reference_backward(
-    grads, x, weights, absmax, nested, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants
+    grads, x, weights, absmax, nested, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32=True
 ):
     """Its backward."""
     found = _dequantized(x, weights, absmax, nested)
