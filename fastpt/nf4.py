@@ -114,16 +114,16 @@ def from_state(packed: Tensor, state: dict[str, Tensor]) -> tuple[NF4Weight, tor
     if TEXT not in state:
         raise ModelError(f"a 4-bit weight lacks {TEXT} (it has {', '.join(state)}); only NF4 is read")
     text = json.loads(bytes(state[TEXT].cpu().tolist()))
-    nested = None
-    if "nested_absmax" in state:
-        offset = torch.tensor([text["nested_offset"]], device=packed.device)
-        nested = torch.cat([state["nested_quant_map"].float(), offset, state["nested_absmax"].float()])
     blocks = {text["blocksize"]: BLOCK, text.get("nested_blocksize", SCALE_BLOCK): SCALE_BLOCK}
     if any(found != known for found, known in blocks.items()) or not _is_nf4(state["quant_map"]):
         raise ModelError(
             f"a 4-bit weight of {text['quant_type']} in blocks of {text['blocksize']} is not read; only NF4 in blocks of "
             f"{BLOCK} is, with scales in blocks of {SCALE_BLOCK}"
         )
+    nested = None
+    if "nested_absmax" in state:
+        offset = torch.tensor([text["nested_offset"]], device=packed.device)
+        nested = torch.cat([state["nested_quant_map"].float(), offset, state["nested_absmax"].float()])
     absmax = state["absmax"] if nested is not None else state["absmax"].float()
     return NF4Weight(packed.view(torch.uint8), absmax, nested, tuple(text["shape"])), getattr(torch, text["dtype"])
 
@@ -142,7 +142,12 @@ def weight_of(module: nn.Module) -> NF4Weight | None:
         return module.nf4
     weight: Any = getattr(module, "weight", None)
     state: Any = getattr(weight, "quant_state", None)
-    if state is None or state.quant_type != "nf4" or getattr(state, "packing_format_for_cpu", False):
+    if (
+        not isinstance(module, nn.Linear)
+        or state is None
+        or state.quant_type != "nf4"
+        or getattr(state, "packing_format_for_cpu", False)
+    ):
         return None
     inner = state.state2
     if state.blocksize != BLOCK or (inner is not None and inner.blocksize != SCALE_BLOCK):

@@ -109,6 +109,11 @@ def register() -> type:
                 if can_quantise(module) and should_convert_module(path, skipped):
                     model.set_submodule(path, NF4Linear(module))
 
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+            """Saving takes the layers' state as it is, which is bitsandbytes' format again."""
+            done = model._weight_conversions or []
+            model._weight_conversions = [one for one in done if not _is_made_by(one, Deserialise)]
+
         def get_quantize_ops(self) -> Any:
             return Quantise()
 
@@ -116,6 +121,10 @@ def register() -> type:
             return {"deserialize": Deserialise}
 
     return NF4Config
+
+
+def _is_made_by(conversion: Any, kind: type) -> bool:
+    return any(isinstance(operation, kind) for operation in getattr(conversion, "operations", ()))
 
 
 def _only(value: Any) -> torch.Tensor:

@@ -53,7 +53,7 @@ def test_quantize_and_dequantize_are_theirs(shape, dtype, nested):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernel_is_the_reference(dtype, nested):
-    for shape in SHAPES:
+    for shape in [*SHAPES, (64, 96)]:  # the last as theirs was meant: 0.50.2 takes the wrong scales in rows of 96
         weight, mapped = values(shape, dtype), SCALE_MAP if nested else None
         arguments = weight, mapped
         ours = quantize(*arguments)
