@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastpt import nf4_loading
-from fastpt.adapters import NOTE, quiet_peft
+from fastpt.adapters import NOTE, is_adapter_model, quiet_peft
 from fastpt.errors import ModelError
 from fastpt.nf4 import quantise_model
 
@@ -224,9 +224,14 @@ def _from_pretrained(place: Path | str, dtype: torch.dtype, trust_remote_code: b
 
 
 def quantised_in_place(model: nn.Module) -> nn.Module:
-    """A live model with NF4 weights in its linear layers but for the head; its own modules change."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    quantise_model(model, {path for path, module in model.named_modules() if module is head})
+    """A live model with NF4 weights in its linear layers but for the head and, under PEFT, what is trained; in place."""
+    head, has_adapter = model.get_output_embeddings(), is_adapter_model(model)  # type: ignore[operator]
+
+    def is_left(path: str, module: nn.Module) -> bool:
+        is_trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        return module is head or ".lora_" in path or (has_adapter and is_trained)
+
+    quantise_model(model, {path for path, module in model.named_modules() if is_left(path, module)})
     model.config.quantization_config = nf4_loading.register()()  # type: ignore[union-attr]
     return model
 

@@ -230,6 +230,17 @@ def test_a_live_model_is_quantised_in_place_and_can_be_saved(base, tmp_path):
     assert torch.equal(logits(loaded(tmp_path / "saved", is_quantised=False)), logits(quantised))
 
 
+def test_a_live_adapter_is_not_quantised(base):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(loaded(base, is_quantised=False), LoraConfig(r=4, target_modules="all-linear"))
+    models.quantised_in_place(model)
+    kinds = {path.rpartition(".")[2]: type(module) for path, module in model.named_modules()}
+    assert len(list(layers_of(model))) == 14
+    assert kinds["base_layer"] is NF4Linear
+    assert kinds["default"] is kinds["lm_head"] is nn.Linear
+
+
 def test_parameters_are_counted_as_numbers(base):
     from fastpt.adapters import count_parameters
 
