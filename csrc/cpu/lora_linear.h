@@ -207,8 +207,17 @@ using LinearGradients = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vec
 LinearOutputs linear_forward(const at::Tensor& x, const std::vector<Projection>& projections, double dropout_p);
 LinearGradients linear_backward(at::TensorList grads, const at::Tensor& x, const std::vector<Projection>& projections,
                                 at::TensorList xas, double dropout_p, bool wants_x, const c10::List<bool>& wants);
+
 // The gradients in their tensors' dtypes, all but those of biases.
-LinearGradients rounded(LinearGradients grads, at::TensorList weights, const OptionalTensors& lora_a,
-                        const OptionalTensors& lora_b);
+inline LinearGradients rounded(LinearGradients grads, at::TensorList weights, const OptionalTensors& lora_a,
+                               const OptionalTensors& lora_b) {
+  auto& [dx, dweights, dbiases, da, db] = grads;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (weights[i].is_floating_point()) dweights[i] = dweights[i].to(weights[i].scalar_type());
+    if (const auto a = lora_a.get(i)) da[i] = da[i].to(a->scalar_type());
+    if (const auto b = lora_b.get(i)) db[i] = db[i].to(b->scalar_type());
+  }
+  return grads;
+}
 
 }  // namespace fastpt

@@ -371,17 +371,6 @@ LinearGradients linear_backward(at::TensorList grads, const at::Tensor& x, const
   return {out.x, out.weights, out.biases, out.a, out.b};
 }
 
-LinearGradients rounded(LinearGradients grads, at::TensorList weights, const OptionalTensors& lora_a,
-                        const OptionalTensors& lora_b) {
-  auto& [dx, dweights, dbiases, da, db] = grads;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    if (weights[i].is_floating_point()) dweights[i] = dweights[i].to(weights[i].scalar_type());
-    if (const auto a = lora_a.get(i)) da[i] = da[i].to(a->scalar_type());
-    if (const auto b = lora_b.get(i)) db[i] = db[i].to(b->scalar_type());
-  }
-  return grads;
-}
-
 namespace {
 
 LinearGradients lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::TensorList weights,
