@@ -38,7 +38,11 @@ FASTPT_FORMULA float nf4_value(uint32_t code) {
 // The code nearest to a value in [-1, 1]: how many midpoints lie below it. A NaN is below none and gets the last.
 FASTPT_FORMULA uint32_t nf4_code(float value) {
   uint32_t code = 0;
+#ifdef __CUDACC__
+#pragma unroll
+#else
 #pragma GCC unroll 15
+#endif
   for (uint32_t i = 0; i < 15; ++i) code += !(value <= (nf4_value(i) + nf4_value(i + 1)) / 2);
   return code;
 }

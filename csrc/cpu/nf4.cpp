@@ -23,25 +23,13 @@ using at::Tensor;
 
 constexpr int64_t kBlocksOfTask = 256;  // 16,384 values, and so a block of nested scales
 
-int64_t blocks_of(int64_t values, int64_t size) {
-  return (values + size - 1) / size;
-}
-
 }  // namespace
 
 Nf4Weight::Nf4Weight(const Tensor& packed, const Tensor& absmax, const std::optional<Tensor>& nested, int64_t values)
     : packed_(packed.contiguous()), absmax_(absmax.contiguous()) {
-  const int64_t blocks = blocks_of(values, kNf4Block), size = kNf4MapSize + 1 + blocks_of(blocks, kNf4ScaleBlock);
-  const bool is_nested = absmax.scalar_type() == at::kByte;
-  TORCH_CHECK(packed.scalar_type() == at::kByte && packed.numel() == blocks_of(values, 2) && absmax.numel() == blocks &&
-                  (is_nested || absmax.scalar_type() == at::kFloat) && is_nested == nested.has_value() &&
-                  (!is_nested || (nested->numel() == size && nested->scalar_type() == at::kFloat)),
-              "nf4: packed is ", packed.sizes(), " ", packed.scalar_type(), ", absmax ", absmax.sizes(), " ",
-              absmax.scalar_type(), nested ? ", nested" : "", nested ? c10::str(" ", nested->sizes()) : "", " for ",
-              values, " values; they must be ", blocks_of(values, 2), " bytes and ", blocks,
-              " scales, float32, or uint8 with a float32 `nested` of ", size);
+  check_nf4(packed, absmax, nested, values);
   bytes_ = packed_.const_data_ptr<uint8_t>();
-  if (is_nested) {
+  if (nested) {
     nested_ = nested->contiguous();
     scales_ = {nullptr, absmax_.const_data_ptr<uint8_t>(), nested_.const_data_ptr<float>()};
   } else {
@@ -59,7 +47,7 @@ template void Nf4Weight::unpack<c10::BFloat16>(int64_t, int64_t, c10::BFloat16*)
 namespace {
 
 // (packed [ceil(N / 2)], absmax [B] float32), or with a map absmax in uint8 and what nests them.
-std::tuple<Tensor, Tensor, Tensor> nf4_quantize(const Tensor& weight, const std::optional<Tensor>& map) {
+std::tuple<Tensor, Tensor, Tensor> nf4_quantize(const Tensor& weight, const std::optional<Tensor>& scales_map) {
   const auto values = (is_native(weight) ? weight : weight.to(at::kFloat)).contiguous();
   const int64_t n = values.numel(), blocks = blocks_of(n, kNf4Block);
   auto packed = at::empty({blocks_of(n, 2)}, values.options().dtype(at::kByte));
@@ -73,14 +61,15 @@ std::tuple<Tensor, Tensor, Tensor> nf4_quantize(const Tensor& weight, const std:
       for (int64_t b = lo; b < hi; ++b) scales[b] = pack(b, n, from, to);
     });
   });
-  if (!map) return {packed, absmax, at::empty({0}, absmax.options())};
-  TORCH_CHECK(map->numel() == kNf4MapSize && map->scalar_type() == at::kFloat, "nf4_quantize: the map is ",
-              map->sizes(), " ", map->scalar_type(), "; it must be float32 [256]");
+  if (!scales_map) return {packed, absmax, at::empty({0}, absmax.options())};
+  TORCH_CHECK(scales_map->numel() == kNf4MapSize && scales_map->scalar_type() == at::kFloat,
+              "nf4_quantize: the map is ", scales_map->sizes(), " ", scales_map->scalar_type(),
+              "; it must be float32 [256]");
   const int64_t groups = blocks_of(blocks, kNf4ScaleBlock);
   auto nested = at::empty({kNf4MapSize + 1 + groups}, absmax.options());
   auto codes = at::empty({blocks}, packed.options());
   float* parts = nested.mutable_data_ptr<float>();
-  std::copy_n(map->contiguous().const_data_ptr<float>(), kNf4MapSize, parts);
+  std::copy_n(scales_map->contiguous().const_data_ptr<float>(), kNf4MapSize, parts);
   parts[kNf4MapSize] = blocks > 0 ? absmax.mean().item().toFloat() : 0.0f;
   const auto pack_scales = FASTPT_BY_ISA(nf4_pack_scales);
   const float* scales = absmax.const_data_ptr<float>();

@@ -15,6 +15,13 @@ SHAPES = [(64, 64), (3, 43), (1,), (127, 2), (2, 3, 5), (300, 130), (1024, 576)]
 REFERENCE = "CompositeExplicitAutograd"
 
 
+@pytest.fixture(autouse=True)
+def oracle_on_the_cpu():
+    """On GPUs bitsandbytes finds the nearest of a nested scale's codes, without the steps of its CPU kernel."""
+    with torch.device("cpu"):
+        yield
+
+
 def values(shape, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     scales = torch.rand(*shape[:-1], 1, generator=generator) + 0.01
@@ -117,6 +124,16 @@ def test_what_is_not_finite_makes_its_block_nan(bad, place):
     assert found[~block].isfinite().all()
     everything = nf4_dequantize(nf4_quantize(weight), torch.float32)
     assert not everything.isfinite().any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_dequantises_to_the_same_bits(dtype, nested):
+    for shape in SHAPES:
+        ours = nf4_quantize(values(shape), nested=nested)
+        moved = NF4Weight(*(None if t is None else t.cuda() for t in (ours.packed, ours.absmax, ours.nested)), shape)
+        assert same_bits(nf4_dequantize(moved, dtype).cpu(), nf4_dequantize(ours, dtype))
 
 
 def test_layouts_and_empty():
