@@ -1,8 +1,9 @@
-"""Does fused training in bf16 learn as PyTorch does? python -m benchmarks.loss_curves --model DIR [--json FILE] [--plot FILE].
+"""Does fused training in bf16 learn as PyTorch does? python -m benchmarks.loss_curves --model DIR [--mode qlora] [--json FILE].
 
 One plain loop trains LoRA (float32 adapters) on the same GSM8K rows three times: fused on bf16 weights, eager on float32
 weights, eager on bf16 weights. The spread of two precisions is max |eager bf16 - eager fp32| over the steps; fused bf16
-must lie within it of eager fp32.
+must lie within it of eager fp32. With --mode qlora the bases are NF4: fastpt's own under the fused run, bitsandbytes' under
+the eager ones.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def batch_of(some: list[rows.Row]) -> dict[str, Tensor]:
 
 def curve(name: str, job: Job) -> list[float]:
     """Losses of one run, step by step."""
-    model = load_model(job, RUNS[name], torch.float32)
+    model = load_model(job, RUNS[name], torch.float32, is_ours=name.startswith("fused"))
     if name.startswith("fused"):
         fastpt.fuse(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, default=rows.default_data("gsm8k"), help="jsonl file with questions and answers"
     )
+    parser.add_argument("--mode", choices=["lora", "qlora"], default="lora")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=2, help="rows a step")
     parser.add_argument("--json", type=Path, help="write the curves and the verdict as one JSON line")
@@ -109,11 +111,17 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         chosen = rows.load("gsm8k", tokenizer, options.data, count=options.steps * options.batch, length=512)
         adapter = save_adapter(options.model, f"{folder}/adapter")
-        job = Job(options.model, adapter, chosen, options.batch, lr=2e-4)
+        job = Job(options.model, adapter, chosen, options.batch, lr=2e-4, is_quantised=options.mode == "qlora")
         curves = {name: curve(name, job) for name in RUNS}
     found = verdict(curves)
     if options.json:
-        about = {"steps": options.steps, "batch": options.batch, "model": options.model, "machine": harness.machine()}
+        about = {
+            "mode": options.mode,
+            "steps": options.steps,
+            "batch": options.batch,
+            "model": options.model,
+            "machine": harness.machine(),
+        }
         harness.write_json_lines(options.json, [{**found, **about, "curves": curves}])
     if options.plot:
         plot(curves, options.plot)

@@ -32,6 +32,7 @@ class Job:
     batch_rows: int
     lr: float
     is_fp32: bool = False  # all peers in float32, for comparing losses; else each in its own precision
+    is_quantised: bool = False  # the base in NF4: by fastpt itself, or by bitsandbytes for the others
 
     @property
     def batches(self) -> list[list[Row]]:
@@ -62,18 +63,33 @@ def save_adapter(model: str, folder: str) -> str:
     return folder
 
 
-def load_model(job: Job, dtype: torch.dtype, adapter_dtype: torch.dtype) -> torch.nn.Module:
-    """The model in `dtype` with the shared adapter, ready to train."""
+def load_model(job: Job, dtype: torch.dtype, adapter_dtype: torch.dtype, *, is_ours: bool = False) -> torch.nn.Module:
+    """The model in `dtype` with the shared adapter, ready to train; a 4-bit base is fastpt's own where `is_ours`."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype).to(device())
+    if is_ours and job.is_quantised:
+        from fastpt.models import load
+
+        model = load(job.model, dtype=dtype, device=torch.device(device()), is_quantised=True).model
+    else:
+        settings = {"quantization_config": _bitsandbytes(dtype)} if job.is_quantised else {}
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, **settings).to(device())
     if job.adapter is not None:
         model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(adapter_dtype)
     return model.train()
+
+
+def _bitsandbytes(dtype: torch.dtype) -> Any:
+    """QLoRA's settings."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 class Peer:
@@ -159,7 +175,8 @@ class Trl(Peer):
         import datasets  # noqa: F401
         from trl import SFTTrainer  # noqa: F401
 
-        self.model = load_model(self.job, torch.float32 if self.job.is_fp32 else self.dtype, torch.float32)
+        dtype = torch.bfloat16 if self.job.is_quantised else self.dtype  # what a 4-bit base is unpacked to
+        self.model = load_model(self.job, torch.float32 if self.job.is_fp32 else dtype, torch.float32)
 
     def train(self, after_step: AfterStep) -> None:
         from datasets import Dataset
@@ -233,7 +250,7 @@ class Fastpt(Peer):
 
         self.precision = "fp32" if self.job.is_fp32 else "auto"
         dtype, _ = choose_precision(self.precision, torch.device(device()))
-        self.model = load_model(self.job, dtype, torch.float32)
+        self.model = load_model(self.job, dtype, torch.float32, is_ours=True)
 
     def train(self, after_step: AfterStep) -> None:
         import fastpt
@@ -247,7 +264,7 @@ class Fastpt(Peer):
                 model=self.model,
                 data={"path": [row._asdict() for row in self.job.rows], "shuffle": False},
                 objective=_tokenised_sft(),
-                method="full" if self.job.adapter is None else "lora",
+                method="full" if self.job.adapter is None else "lora",  # on the base that is there, 4-bit or not
                 batch_rows=self.job.batch_rows,
                 max_length=max(len(row.input_ids) for row in self.job.rows),
                 optim={"lr": self.job.lr, "schedule": "constant", "warmup": 0},

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--work", choices=list(rows.FILES), default="packed", help="full rows of text, answers, or intents to classify"
     )
-    parser.add_argument("--mode", choices=["lora", "full"], help="default: lora, clinc150 full")
+    parser.add_argument("--mode", choices=["lora", "qlora", "full"], help="default: lora, clinc150 full")
     parser.add_argument("--peers", help=f"of {','.join(PEERS)}, for clinc150 of {','.join(CLASSIFIERS)}")
     parser.add_argument("--batch", type=int, help="rows a step (default: 4 packed, 8 gsm8k, 32 clinc150)")
     parser.add_argument("--seq", type=int, default=512, help="tokens a row at most")
@@ -204,13 +205,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     is_classifier = options.work == "clinc150"
     peers = CLASSIFIERS if is_classifier else PEERS
     default = ",".join(CLASSIFIERS) if is_classifier else "fastpt,trl,trl+fuse,hf,hf-compile"
+    if options.mode == "qlora":  # bitsandbytes under PEFT
+        default = "fastpt,trl,trl+fuse,hf"
     options.names = list(dict.fromkeys((options.peers or default).split(",")))
     unknown = [name for name in options.names if name not in peers]
     if unknown:
         parser.error(f"unknown peer {', '.join(unknown)}: for {options.work} there are {', '.join(peers)}")
     options.mode = options.mode or ("full" if is_classifier else "lora")
-    if is_classifier and (options.mode == "lora" or options.toy):
-        parser.error("clinc150 trains all weights of a real encoder: leave out --mode lora and --toy")
+    if is_classifier and (options.mode != "full" or options.toy):
+        parser.error(f"clinc150 trains all weights of a real encoder: leave out --mode {options.mode} and --toy")
+    if options.mode == "qlora" and find_spec("bitsandbytes") is None:
+        parser.error("--mode qlora needs bitsandbytes: pip install bitsandbytes")
     if options.toy:
         options.model, options.seq, options.steps = "toy", 64, 2
     if not options.model:
@@ -264,10 +269,18 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Job, int, int]:
     batch_rows = options.batch or {"packed": 4, "gsm8k": 8, "clinc150": 32}[options.work]
     tokenizer = AutoTokenizer.from_pretrained(model)
     examples = rows.load(options.work, tokenizer, data, count=batch_rows * rounds * steps_per_round, length=options.seq)
-    is_lora = options.mode == "lora"
+    is_lora = options.mode != "full"
     adapter = save_adapter(model, str(folder / "adapter")) if is_lora else None
     lr = 5e-5 if options.work == "clinc150" else 2e-4 if is_lora else 2e-5
-    job = Job(model, adapter, examples, batch_rows, lr, is_fp32=options.precision == "fp32")
+    job = Job(
+        model,
+        adapter,
+        examples,
+        batch_rows,
+        lr,
+        is_fp32=options.precision == "fp32",
+        is_quantised=options.mode == "qlora",
+    )
     return job, rounds, steps_per_round
 
 

@@ -1,9 +1,10 @@
-"""Which parameters are trained: LoRA and DoRA through PEFT's own config, full, freeze; and merging adapters, checked."""
+"""Which parameters are trained: LoRA, DoRA and QLoRA through PEFT's own config, full, freeze; merging adapters, checked."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ from torch import nn
 
 from fastpt.config import MethodConfig
 from fastpt.errors import ConfigError, ModelError
+from fastpt.nf4 import dequantise_model, is_quantised, layers_of
+
+NOTE = "base_quantization.json"  # beside an adapter that was trained on a base which loading made 4-bit
+ADAPTERS = ("lora", "dora", "qlora")
 
 
 def is_adapter_model(model: nn.Module) -> bool:
@@ -29,13 +34,18 @@ def apply_method(model: nn.Module, method: MethodConfig) -> nn.Module:
     Raises: ConfigError where targets, patterns or regexes match nothing.
     """
     if is_adapter_model(model):
-        if method.name not in ("lora", "dora"):
+        if method.name not in ADAPTERS:
             raise ConfigError(
-                f'the model carries an adapter, so method must be "lora" or "dora", not {method.name!r}; merge it first'
+                f"the model carries an adapter, so method must be one of {', '.join(ADAPTERS)}, not {method.name!r}; "
+                "merge it first"
             )
         return model
-    if method.name in ("lora", "dora"):
+    if is_quantised(model) and method.name == "dora":
+        raise ConfigError('the model has 4-bit weights, whose norms DoRA would need; use "qlora"')
+    if method.name in ADAPTERS:
         return _with_adapter(model, method)
+    if is_quantised(model):
+        raise ConfigError(f'the model has 4-bit weights, which method {method.name!r} cannot train; use "qlora"')
     for parameter in model.parameters():
         parameter.requires_grad_(method.name == "full")
     if method.name == "freeze":
@@ -88,7 +98,15 @@ def quiet_peft() -> Iterator[None]:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trained, all) numbers of parameters."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(p.numel() for p in model.parameters())
+    packed = sum(layer.in_features * layer.out_features - layer.weight.numel() for _, layer in layers_of(model))
+    return trained, packed + sum(p.numel() for p in model.parameters())
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """model.save_pretrained; beside an adapter on a 4-bit base a note, by which loading makes the base so again."""
+    model.save_pretrained(str(folder))  # type: ignore[operator]
+    if is_adapter_model(model) and is_quantised(model):
+        (folder / NOTE).write_text(json.dumps({"quant_type": "nf4"}))
 
 
 @dataclass(frozen=True)
@@ -117,9 +135,9 @@ def merge(model: nn.Module, tokenizer: Any, folder: str | Path, probe: torch.Ten
     The adapter is added in float32 to a copy of the weights and rounded once to their dtype; the live model stays as it is.
     `probe` [1, T] are token ids to compare on. Raises: ModelError when the merged weights are not finite.
     """
-    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
     expected = _logits(model, probe)
-    plain = copy.deepcopy(model)
+    plain = _without_quantisation(copy.deepcopy(model))
     if is_adapter_model(plain):
         plain.float()
         try:
@@ -132,6 +150,18 @@ def merge(model: nn.Module, tokenizer: Any, folder: str | Path, probe: torch.Ten
     plain.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     return report
+
+
+def _without_quantisation(model: Any) -> Any:
+    """A model whose 4-bit weights are plain ones again, in float32, and whose config says nothing of them."""
+    if not is_quantised(model):
+        return model
+    base = model.get_base_model() if is_adapter_model(model) else model
+    for name in ("hf_quantizer", "quantization_method"):
+        vars(base).pop(name, None)
+    base.is_quantized = False  # transformers then lets it be cast
+    del base.config.quantization_config
+    return dequantise_model(model, torch.float32)
 
 
 @torch.no_grad()

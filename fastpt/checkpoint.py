@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastpt.adapters import is_adapter_model
+from fastpt.adapters import save as save_model
 from fastpt.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -88,7 +89,7 @@ def save(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, st
     """Write a checkpoint: the trained model, the optimizer, the random states and `state` (JSON)."""
 
     def fill(place: Path) -> None:
-        model.save_pretrained(str(place))
+        save_model(model, place)
         tensors, rest = _flat_optimizer(optimizer)
         save_file(tensors, place / "optimizer.safetensors")
         save_file(_rng_tensors(), place / "rng.safetensors")

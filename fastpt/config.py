@@ -72,7 +72,7 @@ class DataConfig(Node):
 class MethodConfig(Node):
     """Which parameters are trained, and how. The adapter fields are PEFT's own, under shorter names."""
 
-    name: Literal["lora", "dora", "full", "freeze"] = "lora"
+    name: Literal["lora", "dora", "qlora", "full", "freeze"] = "lora"
     rank: int = Field(16, ge=1, description="LoRA rank r")
     alpha: float | None = Field(
         None, gt=0, description="LoRA alpha; the update is scaled by alpha / rank (default: 2 * rank)"
@@ -91,6 +91,12 @@ class MethodConfig(Node):
     train: list[str] = Field(
         default_factory=list, description='freeze: regexes of the parameters to train, e.g. ["layers\\\\.29\\\\."]'
     )
+
+    @model_validator(mode="after")
+    def _fits_a_frozen_base(self) -> MethodConfig:
+        if self.name == "qlora" and self.init not in ("default", "gaussian", "orthogonal"):
+            raise ValueError(f"init {self.init!r} takes a part out of the base's weights, which qlora keeps in 4 bits")
+        return self
 
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "muon", "adafactor", "schedule_free")

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpt.adapters import quiet_peft
+from fastpt import nf4_loading
+from fastpt.adapters import NOTE, is_adapter_model, quiet_peft
 from fastpt.errors import ModelError
+from fastpt.nf4 import quantise_model
 
 
 @dataclass
@@ -89,26 +91,34 @@ def product_rate(dtype: torch.dtype) -> float:
 
 
 def load(
-    spec: Any, *, tokenizer: Any = None, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    spec: Any,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    is_quantised: bool = False,
 ) -> Loaded:
     """Load a causal language model and its tokenizer.
 
     `spec` is a hub id, a local Hugging Face folder, a .gguf file (or a folder that holds one), a folder with a PEFT adapter,
-    a fastpt run folder, or an nn.Module, which is taken as it is. Weights are read from safetensors and GGUF only.
+    a fastpt run folder, or an nn.Module, which is taken as it is. Weights are read from safetensors and GGUF only; 4-bit
+    ones of bitsandbytes (NF4) stay so. `is_quantised` makes those of the linear layers NF4, each as it is read.
     Raises: ModelError naming what is missing and the nearest thing that is there.
     """
     if isinstance(spec, nn.Module):
         name = getattr(getattr(spec, "config", None), "_name_or_path", None) or None
         found = load_tokenizer(tokenizer or name, trust_remote_code)
         check_vocabulary(spec, found)
-        return Loaded(spec.to(device), found, None)
+        return Loaded(quantised_in_place(spec).to(device) if is_quantised else spec.to(device), found, None)
     if not isinstance(spec, (str, Path)):
         raise ModelError(f"model is a {type(spec).__name__}; give a hub id, a path or an nn.Module")
     place = resolve(spec)
     adapter = None
     if isinstance(place, Path) and (place / "adapter_config.json").is_file():
         adapter, place = place, _base_of(place)
-    model = _from_pretrained(place, dtype, trust_remote_code)
+        is_quantised = is_quantised or (adapter / NOTE).is_file()
+    model = _from_pretrained(place, dtype, trust_remote_code, is_quantised)
     chosen = tokenizer or (adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else place)
     found = load_tokenizer(chosen, trust_remote_code)
     check_vocabulary(model, found)
@@ -186,16 +196,44 @@ def _base_of(adapter: Path) -> Path | str:
     return resolve(base)
 
 
-def _from_pretrained(place: Path | str, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _from_pretrained(place: Path | str, dtype: torch.dtype, trust_remote_code: bool, is_quantised: bool) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     gguf = _gguf_in(place)
     with _explained(f"model {place}"):
-        if gguf is None:
-            return AutoModelForCausalLM.from_pretrained(
-                str(place), dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-            )
-        return from_gguf(gguf, dtype)
+        if gguf is not None:
+            model = from_gguf(gguf, dtype)
+            return quantised_in_place(model) if is_quantised else model
+        config = AutoConfig.from_pretrained(str(place), trust_remote_code=trust_remote_code)
+        settings: dict[str, Any] = {}
+        if nf4_loading.is_bitsandbytes(config):
+            nf4_loading.register()
+            config.quantization_config = nf4_loading.settings_of(config)
+        elif is_quantised:
+            if found := getattr(config, "quantization_config", None):
+                raise ModelError(f"{place} is quantised already ({found}); qlora takes plain weights or NF4")
+            settings["quantization_config"] = nf4_loading.register()()
+        return AutoModelForCausalLM.from_pretrained(
+            str(place),
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **settings,
+        )
+
+
+def quantised_in_place(model: nn.Module) -> nn.Module:
+    """A live model with NF4 weights in its linear layers but for the head and, under PEFT, what is trained; in place."""
+    head, has_adapter = model.get_output_embeddings(), is_adapter_model(model)  # type: ignore[operator]
+
+    def is_left(path: str, module: nn.Module) -> bool:
+        is_trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        return module is head or ".lora_" in path or (has_adapter and is_trained)
+
+    quantise_model(model, {path for path, module in model.named_modules() if is_left(path, module)})
+    model.config.quantization_config = nf4_loading.register()()  # type: ignore[union-attr]
+    return model
 
 
 def from_gguf(path: Path, dtype: torch.dtype) -> nn.Module:

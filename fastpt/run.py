@@ -73,7 +73,7 @@ class Run:
         """Write the trained model and its tokenizer to `model/`, `about` to run.json, and the HTML report."""
 
         def fill(folder: Path) -> None:
-            self.model.save_pretrained(str(folder))
+            adapters.save(self.model, folder)
             self.tokenizer.save_pretrained(str(folder))
 
         checkpoint.write_folder(self.path / "model", fill)

@@ -103,6 +103,7 @@ class Trainer:
             dtype=self.dtype,
             device=self.device,
             trust_remote_code=config.trust_remote_code,
+            is_quantised=config.method.name == "qlora",
         )
         self.tokenizer, self.source = loaded.tokenizer, loaded.source
         self.max_length = settle_max_length(config, loaded.model, self.console.say)

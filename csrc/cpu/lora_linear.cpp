@@ -16,7 +16,8 @@ namespace fastpt {
 
 std::vector<Projection> read_projections(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
                                          const OptionalTensors& lora_a, const OptionalTensors& lora_b,
-                                         at::ArrayRef<double> scales, at::ArrayRef<int64_t> seeds) {
+                                         at::ArrayRef<double> scales, at::ArrayRef<int64_t> seeds,
+                                         const Nf4Lists* nf4) {
   const size_t n = weights.size();
   TORCH_CHECK(n > 0 && biases.size() == n && lora_a.size() == n && lora_b.size() == n && scales.size() == n,
               "lora_linear: ", n, " weights, ", biases.size(), " biases, ", lora_a.size(), " and ", lora_b.size(),
@@ -24,15 +25,17 @@ std::vector<Projection> read_projections(const at::Tensor& x, at::TensorList wei
   std::vector<Projection> found;
   for (size_t i = 0; i < n; ++i) {
     const at::Tensor& weight = weights[i];
-    TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(-1) &&
-                    (weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat),
+    const std::optional<at::Tensor> absmax = nf4 ? nf4->absmax.get(i) : std::nullopt;
+    TORCH_CHECK(weight.dim() == 2 && weight.size(1) * (absmax ? 2 : 1) == x.size(-1) &&
+                    (absmax || weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat),
                 "lora_linear: weight ", i, " is ", weight.sizes(), " ", weight.scalar_type(), ", x is ", x.sizes(), " ",
                 x.scalar_type(), "; it must be [O, D] of x's dtype or float");
-    Projection p{weight.contiguous(), {}, {}, {}, static_cast<float>(scales[i]), seeds.empty() ? 0 : seeds[i]};
+    Projection p{weight.contiguous(), {}, {}, {}, {}, static_cast<float>(scales[i]), seeds.empty() ? 0 : seeds[i]};
+    if (absmax) p.nf4.emplace(p.weight, *absmax, nf4->nested.get(i), 2 * weight.numel());
     if (const std::optional<at::Tensor> bias = biases[i]; bias) p.bias = bias->to(at::kFloat).contiguous();
     const std::optional<at::Tensor> a = lora_a[i], b = lora_b[i];
     if (a && b) {
-      TORCH_CHECK(a->dim() == 2 && b->dim() == 2 && a->size(1) == weight.size(1) && b->size(0) == weight.size(0) &&
+      TORCH_CHECK(a->dim() == 2 && b->dim() == 2 && a->size(1) == p.in() && b->size(0) == weight.size(0) &&
                       a->size(0) == b->size(1) && a->scalar_type() == b->scalar_type(),
                   "lora_linear: adapter ", i, " is ", a->sizes(), " and ", b->sizes(), " for a weight ", weight.sizes(),
                   "; it must be [R, D] and [O, R]");
@@ -107,8 +110,8 @@ class Forward {
     for (size_t i = 0; i < projections_.size(); ++i) {
       const Projection& p = projections_[i];
       Operands<T>& o = operands_[i];
-      o.weight = Packed<T>(width(), p.out(), x_.options());
-      o.weight.add_transposed(jobs, p.weight);
+      o.weight = p.nf4 ? Packed<T>(width(), p.out()) : Packed<T>(width(), p.out(), x_.options());
+      if (!p.nf4) o.weight.add_transposed(jobs, p.weight);
       if (p.rank() == 0) continue;
       o.parts = parts_of<T>(p.a);
       o.x_low = dropout_.drops ? dropped(x_, dropout_, p.seed) : x_;
@@ -159,23 +162,37 @@ class Forward {
     std::vector<std::pair<size_t, int64_t>> panels;  // of all projections
     for (size_t i = 0; i < projections_.size(); ++i)
       for (int64_t p = 0; p < operands_[i].weight.panels(); ++p) panels.emplace_back(i, p);
-    const int64_t groups = (panels.size() + kPanelsOfTask - 1) / kPanelsOfTask;
+    const bool unpacks = any_nf4(projections_);
+    const int64_t tiles = row_tiles(x_.size(0)), panels_of_task = unpacks ? 1 : kPanelsOfTask;
+    const int64_t tiles_of_task = unpacks ? tiles_of_unpacked(panels.size(), tiles) : 1;
+    const int64_t groups = (panels.size() + panels_of_task - 1) / panels_of_task;
     const Scratch<float> scratch(kRows * kPanel, x_.options().dtype(at::kFloat));
-    for_each_task(row_tiles(x_.size(0)) * groups, [&](int64_t worker, int64_t task) {
-      const size_t first = task % groups * kPanelsOfTask;
-      for (size_t at = first; at < std::min(panels.size(), first + kPanelsOfTask); ++at)
-        base_tile(panels[at].first, panels[at].second, task / groups * kRows, scratch.of(worker));
+    const Scratch<T> unpacked(unpacks ? even(width()) * kPanel : 0, x_.options());
+    for_each_task((tiles + tiles_of_task - 1) / tiles_of_task * groups, [&](int64_t worker, int64_t task) {
+      const int64_t first = task % groups * panels_of_task, tile = task / groups * tiles_of_task;
+      for (size_t at = first; at < std::min<size_t>(panels.size(), first + panels_of_task); ++at) {
+        const auto [i, p] = panels[at];
+        const T* panel = weight_panel(i, p, unpacked.of(worker));
+        for (int64_t t = tile; t < std::min(tiles, tile + tiles_of_task); ++t)
+          base_tile(i, p, panel, t * kRows, scratch.of(worker));
+      }
     });
   }
 
-  void base_tile(size_t i, int64_t p, int64_t r0, float* tile) {
+  const T* weight_panel(size_t i, int64_t p, T* unpacked) const {
+    if (!projections_[i].nf4) return operands_[i].weight.panel(p);
+    unpack_transposed(projections_[i], p, unpacked);
+    return unpacked;
+  }
+
+  void base_tile(size_t i, int64_t p, const T* panel, int64_t r0, float* tile) {
     const Operands<T>& o = operands_[i];
     const int64_t rows = std::min(kRows, x_.size(0) - r0), columns = o.weight.width(p);
     const bool has_low = projections_[i].rank() > 0;
     if (has_low)
       multiply<T>(rows, columns, o.b.depth(), o.xa_low.stride(0), data(o.xa_low, r0), o.b.panel(p), false, kPanel,
                   tile);
-    multiply<T>(rows, columns, width(), x_.stride(0), data(x_, r0), o.weight.panel(p), has_low, kPanel, tile);
+    multiply<T>(rows, columns, width(), x_.stride(0), data(x_, r0), panel, has_low, kPanel, tile);
     const at::Tensor& bias = projections_[i].bias;
     const int64_t ldy = projections_[i].out();
     FASTPT_BY_ISA(store_tile<T>)
@@ -183,7 +200,7 @@ class Forward {
      ys_[i].mutable_data_ptr<T>() + r0 * ldy + p * kPanel);
   }
 
-  int64_t width() const { return projections_[0].weight.size(1); }
+  int64_t width() const { return projections_[0].in(); }
   static T* data(const at::Tensor& t, int64_t row) { return t.mutable_data_ptr<T>() + row * t.stride(0); }
 
   const at::Tensor& x_;  // [T, even(D) for bfloat16]
@@ -193,12 +210,9 @@ class Forward {
   std::vector<Operands<T>> operands_;
 };
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> lora_linear(
-    const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& lora_a,
-    const OptionalTensors& lora_b, at::ArrayRef<double> scales, double dropout_p, at::IntArrayRef seeds) {
-  static const auto reference = reference_of<decltype(lora_linear)>("fastpt::lora_linear");
-  if (!is_native(x)) return reference(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds);
-  const auto projections = read_projections(x, weights, biases, lora_a, lora_b, scales, seeds);
+}  // namespace
+
+LinearOutputs linear_forward(const at::Tensor& x, const std::vector<Projection>& projections, double dropout_p) {
   const auto rows = gemm_rows(x);
   std::vector<at::Tensor> ys, xas;
   for (const Projection& p : projections) {
@@ -212,6 +226,16 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> lora_linear(
   return {ys, xas};
 }
 
+namespace {
+
+LinearOutputs lora_linear(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                          const OptionalTensors& lora_a, const OptionalTensors& lora_b, at::ArrayRef<double> scales,
+                          double dropout_p, at::IntArrayRef seeds) {
+  static const auto reference = reference_of<decltype(lora_linear)>("fastpt::lora_linear");
+  if (!is_native(x)) return reference(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds);
+  return linear_forward(x, read_projections(x, weights, biases, lora_a, lora_b, scales, seeds), dropout_p);
+}
+
 }  // namespace
 
 at::Tensor gemm_rows(const at::Tensor& x) {
@@ -219,71 +243,6 @@ at::Tensor gemm_rows(const at::Tensor& x) {
   const bool is_odd = x.scalar_type() == at::kBFloat16 && x.size(-1) % 2 != 0;
   return is_odd ? at::constant_pad_nd(rows, {0, 1}) : rows;
 }
-
-// Rows [first, first + kPanel) of all panels.
-template <typename T>
-template <typename S>
-void Packed<T>::fill_rows(int64_t first, const S* source, int64_t rows, int64_t ld) {
-  constexpr int64_t kStrip = 8;  // even, so that pairs of bfloat16 stay together
-  std::vector<T> strip(std::is_same_v<S, T> ? 0 : kStrip * columns_);
-  for (int64_t k = first; k < std::min(even(depth_), first + kPanel); k += kStrip) {
-    const int64_t depth = std::min(kStrip, even(depth_) - k), valid = std::clamp<int64_t>(rows - k, 0, depth);
-    const T* from;
-    int64_t ld_from = ld;
-    if constexpr (std::is_same_v<S, T>) {
-      from = source + k * ld;
-    } else {
-      FASTPT_BY_ISA(convert_rows<S, T>)(valid, columns_, ld, source + k * ld, 1.0f, columns_, strip.data());
-      from = strip.data(), ld_from = columns_;
-    }
-    for (int64_t p = 0; p < panels(); ++p, from += kPanel) {
-      T* to = panel_0_ + (p * even(depth_) + k) * kPanel;
-      if constexpr (std::is_same_v<T, float>)
-        for (int64_t r = 0; r < valid; ++r) std::copy_n(from + r * ld_from, width(p), to + r * kPanel);
-      else
-        pack_vnni(valid, width(p), ld_from, kPanel, from, to);
-      const int64_t written = std::is_same_v<T, float> ? valid : even(valid);
-      std::fill(to + written * kPanel, to + depth * kPanel, T(0.0f));
-    }
-  }
-}
-
-// Panel p, from kPanel rows of the source.
-template <typename T>
-template <typename S>
-void Packed<T>::fill_transposed(int64_t p, const S* source, int64_t ld) {
-  constexpr int64_t kStrip = 16, kDepth = 512;
-  T* panel = panel_0_ + p * even(depth_) * kPanel;
-  const auto transposed = [&](int64_t rows, int64_t depth, int64_t ld_from, const T* from, T* to) {
-    if constexpr (std::is_same_v<T, float>)
-      transpose(rows, depth, ld_from, kPanel, from, to);
-    else
-      pack_vnni_transposed(depth, rows, ld_from, kPanel, from, to);
-  };
-  source += p * kPanel * ld;
-  if constexpr (std::is_same_v<S, T>) {
-    transposed(width(p), depth_, ld, source, panel);
-  } else {
-    constexpr int64_t kPair = 2;  // a column is two bfloat16 of one word
-    T strip[kStrip * kDepth];
-    for (int64_t r = 0; r < width(p); r += kStrip) {
-      const int64_t rows = std::min(kStrip, width(p) - r);
-      for (int64_t k = 0; k < depth_; k += kDepth) {
-        const int64_t depth = std::min(kDepth, depth_ - k);
-        FASTPT_BY_ISA(convert_rows<S, T>)(rows, depth, ld, source + r * ld + k, 1.0f, kDepth, strip);
-        transposed(rows, depth, kDepth, strip, panel + k * kPanel + r * kPair);
-      }
-    }
-  }
-}
-
-#define FASTPT_FILL(T, S)                                                     \
-  template void Packed<T>::fill_rows<S>(int64_t, const S*, int64_t, int64_t); \
-  template void Packed<T>::fill_transposed<S>(int64_t, const S*, int64_t);
-FASTPT_FILL(float, float)
-FASTPT_FILL(c10::BFloat16, float)
-FASTPT_FILL(c10::BFloat16, c10::BFloat16)
-#undef FASTPT_FILL
 
 }  // namespace fastpt
 

@@ -3,8 +3,10 @@
 // exactly, so its products run on the bfloat16 units and lose nothing. The definition is fastpt/ops/lora_linear.py.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <optional>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 #include <ATen/Parallel.h>
@@ -15,6 +17,7 @@
 #include "common/dropout.h"
 #include "cpu/fresh.h"
 #include "cpu/gemm.h"
+#include "cpu/nf4.h"
 #include "cpu/tasks.h"
 
 namespace fastpt {
@@ -28,21 +31,39 @@ inline int64_t even(int64_t n) {
 
 // Everything about a call but the data.
 struct Projection {
-  at::Tensor weight;  // [O, D], of x's dtype or float32, contiguous
-  at::Tensor bias;    // float32 [O], or undefined
-  at::Tensor a, b;    // [R, D], [O, R], both float32 or both of x's dtype, contiguous, or undefined
+  at::Tensor weight;  // [O, D], of x's dtype or float32, contiguous, or bytes [O, D / 2] of
+  std::optional<Nf4Weight> nf4;
+  at::Tensor bias;  // float32 [O], or undefined
+  at::Tensor a, b;  // [R, D], [O, R], both float32 or both of x's dtype, contiguous, or undefined
   float scale;
   int64_t seed;
 
   int64_t out() const { return weight.size(0); }
+  int64_t in() const { return weight.size(1) * (nf4 ? 2 : 1); }
   int64_t rank() const { return a.defined() ? a.size(0) : 0; }
 };
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 
+// What 4-bit weights come with: their scales, none for other weights.
+struct Nf4Lists {
+  const OptionalTensors &absmax, &nested;
+};
+
 std::vector<Projection> read_projections(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
                                          const OptionalTensors& lora_a, const OptionalTensors& lora_b,
-                                         at::ArrayRef<double> scales, at::ArrayRef<int64_t> seeds);
+                                         at::ArrayRef<double> scales, at::ArrayRef<int64_t> seeds,
+                                         const Nf4Lists* nf4 = nullptr);
+
+inline OptionalTensors no_tensors(size_t n) {
+  OptionalTensors none;
+  for (size_t i = 0; i < n; ++i) none.push_back(std::nullopt);
+  return none;
+}
+
+inline bool any_nf4(const std::vector<Projection>& projections) {
+  return std::any_of(projections.begin(), projections.end(), [](const Projection& p) { return p.nf4.has_value(); });
+}
 
 // x as rows [T, D], contiguous; an odd width of bfloat16 gets a zero column, which gemm_tile reads.
 at::Tensor gemm_rows(const at::Tensor& x);
@@ -79,6 +100,7 @@ template <typename T>
 class Packed {
  public:
   Packed() = default;
+  Packed(int64_t depth, int64_t columns) : depth_(depth), columns_(columns) {}  // its panels come from elsewhere
   Packed(int64_t depth, int64_t columns, const at::TensorOptions& options)
       : depth_(depth),
         columns_(columns),
@@ -120,6 +142,19 @@ class Packed {
   at::Tensor data_;
   T* panel_0_ = nullptr;
 };
+
+// Panel p of a 4-bit weight as it would stand in a Packed: of its transpose (columns are kPanel of its rows), or of
+// itself. A whole weight is never unpacked.
+template <typename T>
+void unpack_transposed(const Projection& projection, int64_t p, T* panel);
+template <typename T>
+void unpack_columns(const Projection& projection, int64_t p, T* panel);
+
+// For how many row tiles a task unpacks a panel: for all, or fewer where that leaves threads without a task.
+inline int64_t tiles_of_unpacked(int64_t panels, int64_t tiles) {
+  const int64_t shares = (4 * at::get_num_threads() + panels - 1) / panels;
+  return std::max(std::min<int64_t>(tiles, 4), (tiles + shares - 1) / shares);
+}
 
 // C [rows, columns] (+)= A · B where B is the first `depth` rows of a panel. float32 sums are cut: one long sum would
 // round more than the blocks of a library's GEMM do. Rows go as a multiple of 16 and a rest, so that there are few
@@ -163,6 +198,26 @@ class Scratch {
 
 inline int64_t row_tiles(int64_t n) {
   return (n + kRows - 1) / kRows;
+}
+
+// What the ops return of native dtypes: ys and xas; dx, dweights, dbiases, da and db.
+using LinearOutputs = std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>>;
+using LinearGradients = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>,
+                                   std::vector<at::Tensor>, std::vector<at::Tensor>>;
+LinearOutputs linear_forward(const at::Tensor& x, const std::vector<Projection>& projections, double dropout_p);
+LinearGradients linear_backward(at::TensorList grads, const at::Tensor& x, const std::vector<Projection>& projections,
+                                at::TensorList xas, double dropout_p, bool wants_x, const c10::List<bool>& wants);
+
+// The gradients in their tensors' dtypes, all but those of biases.
+inline LinearGradients rounded(LinearGradients grads, at::TensorList weights, const OptionalTensors& lora_a,
+                               const OptionalTensors& lora_b) {
+  auto& [dx, dweights, dbiases, da, db] = grads;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (weights[i].is_floating_point()) dweights[i] = dweights[i].to(weights[i].scalar_type());
+    if (const auto a = lora_a.get(i)) da[i] = da[i].to(a->scalar_type());
+    if (const auto b = lora_b.get(i)) db[i] = db[i].to(b->scalar_type());
+  }
+  return grads;
 }
 
 }  // namespace fastpt

@@ -70,7 +70,7 @@ class Backward {
 
  private:
   bool has_low(size_t i) const { return projections_[i].rank() > 0; }
-  int64_t width() const { return projections_[0].weight.size(1); }
+  int64_t width() const { return projections_[0].in(); }
   int64_t low_rows(size_t i) const { return operands_[i].parts * projections_[i].rank(); }
   static T* data(const at::Tensor& t, int64_t row) { return t.mutable_data_ptr<T>() + row * t.stride(0); }
 
@@ -80,8 +80,8 @@ class Backward {
       const Projection& p = projections_[i];
       Operands<T>& o = operands_[i];
       if (wants_x_) {
-        o.weight = Packed<T>(p.out(), width(), x_.options());
-        o.weight.add_rows(jobs, p.weight);
+        o.weight = p.nf4 ? Packed<T>(p.out(), width()) : Packed<T>(p.out(), width(), x_.options());
+        if (!p.nf4) o.weight.add_rows(jobs, p.weight);
       }
       if (!has_low(i)) continue;
       o.parts = parts_of<T>(p.a);
@@ -158,24 +158,43 @@ class Backward {
 
   // dX, tile by tile.
   void input() {
-    constexpr int64_t kPanelsOfTask = 3;
-    const int64_t panels = operands_[0].weight.panels(), groups = (panels + kPanelsOfTask - 1) / kPanelsOfTask;
+    const bool unpacks = any_nf4(projections_);
+    const int64_t panels = operands_[0].weight.panels(), panels_of_task = unpacks ? 1 : 3, tiles = row_tiles(tokens_);
+    const int64_t groups = (panels + panels_of_task - 1) / panels_of_task;
+    const int64_t tiles_of_task = unpacks ? tiles_of_unpacked(panels, tiles) : 1;
+    int64_t depth = 0;  // of all 4-bit weights
+    for (const Projection& p : projections_) depth += p.nf4 ? even(p.out()) : 0;
     const Scratch<float> scratch(2 * kRows * kPanel, x_.options().dtype(at::kFloat));
-    for_each_task(row_tiles(tokens_) * groups, [&](int64_t worker, int64_t task) {
-      const int64_t first = task % groups * kPanelsOfTask;
-      for (int64_t p = first; p < std::min(panels, first + kPanelsOfTask); ++p)
-        input_tile(p, task / groups * kRows, scratch.of(worker));
+    const Scratch<T> unpacked(depth * kPanel, x_.options());
+    for_each_task((tiles + tiles_of_task - 1) / tiles_of_task * groups, [&](int64_t worker, int64_t task) {
+      const int64_t first = task % groups * panels_of_task, tile = task / groups * tiles_of_task;
+      for (int64_t p = first; p < std::min(panels, first + panels_of_task); ++p) {
+        const auto weights = weight_panels(p, unpacked.of(worker));
+        for (int64_t t = tile; t < std::min(tiles, tile + tiles_of_task); ++t)
+          input_tile(p, weights, t * kRows, scratch.of(worker));
+      }
     });
   }
 
-  void input_tile(int64_t p, int64_t r0, float* tile) {
+  std::vector<const T*> weight_panels(int64_t p, T* unpacked) const {
+    std::vector<const T*> panels;
+    for (size_t i = 0; i < projections_.size(); ++i) {
+      panels.push_back(projections_[i].nf4 ? unpacked : operands_[i].weight.panel(p));
+      if (!projections_[i].nf4) continue;
+      unpack_columns(projections_[i], p, unpacked);
+      unpacked += even(projections_[i].out()) * kPanel;
+    }
+    return panels;
+  }
+
+  void input_tile(int64_t p, const std::vector<const T*>& weights, int64_t r0, float* tile) {
     const int64_t rows = std::min(kRows, tokens_ - r0), columns = operands_[0].weight.width(p);
     float* low = dropout_.drops ? tile + kRows * kPanel : tile;
     bool is_first = true;
     for (size_t i = 0; i < projections_.size(); ++i) {
       const Operands<T>& o = operands_[i];
       if (has_low(i) && !dropout_.drops) add_low(i, p, rows, r0, !is_first, low);
-      multiply<T>(rows, columns, projections_[i].out(), o.grad.stride(0), data(o.grad, r0), o.weight.panel(p),
+      multiply<T>(rows, columns, projections_[i].out(), o.grad.stride(0), data(o.grad, r0), weights[i],
                   !is_first || (has_low(i) && !dropout_.drops), kPanel, tile);
       is_first = false;
       if (!has_low(i) || !dropout_.drops) continue;
@@ -316,22 +335,13 @@ class Backward {
   int64_t tokens_, padded_;
 };
 
-using Outputs = std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>,
-                           std::vector<at::Tensor>>;
+}  // namespace
 
-Outputs lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::TensorList weights,
-                             const OptionalTensors& lora_a, const OptionalTensors& lora_b, at::TensorList xas,
-                             at::ArrayRef<double> scales, double dropout_p, at::IntArrayRef seeds, bool wants_x,
-                             const c10::List<bool>& wants, bool in_float32) {
-  static const auto reference = reference_of<decltype(lora_linear_backward)>("fastpt::lora_linear_backward");
-  if (!is_native(x))
-    return reference(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32);
-  const size_t n = weights.size();
+LinearGradients linear_backward(at::TensorList grads, const at::Tensor& x, const std::vector<Projection>& projections,
+                                at::TensorList xas, double dropout_p, bool wants_x, const c10::List<bool>& wants) {
+  const size_t n = projections.size();
   TORCH_CHECK(grads.size() == n && xas.size() == n && wants.size() == 4 * n, "lora_linear_backward: ", grads.size(),
               " gradients, ", xas.size(), " low-rank hiddens and ", wants.size(), " wants for ", n, " weights");
-  OptionalTensors no_biases;
-  for (size_t i = 0; i < n; ++i) no_biases.push_back(std::nullopt);
-  const auto projections = read_projections(x, weights, no_biases, lora_a, lora_b, scales, seeds);
   const auto rows = gemm_rows(x);
   const auto wide = x.options().dtype(at::kFloat);
   const auto array = [&](at::IntArrayRef sizes, bool wanted) {
@@ -347,7 +357,8 @@ Outputs lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::Tens
     TORCH_CHECK(grads[i].size(-1) == p.out() && grads[i].scalar_type() == x.scalar_type(),
                 "lora_linear_backward: grad ", i, " is ", grads[i].sizes(), " ", grads[i].scalar_type(),
                 " for a weight ", p.weight.sizes());
-    out.weights.push_back(array(p.weight.sizes(), wanted[i].weight));
+    TORCH_CHECK(!p.nf4 || !wanted[i].weight, "nf4_linear_backward: weight ", i, " is frozen");
+    out.weights.push_back(array({p.out(), p.in()}, wanted[i].weight));
     out.biases.push_back(array({p.out()}, wanted[i].bias));
     out.a.push_back(p.rank() ? array(p.a.sizes(), wanted[i].a) : array({0}, false));
     out.b.push_back(p.rank() ? array(p.b.sizes(), wanted[i].b) : array({0}, false));
@@ -357,12 +368,21 @@ Outputs lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::Tens
     by_dtype(x, [&]<typename T>() {
       Backward<T>(rows, projections, grads, low, Dropout{dropout_p}, wants_x, wanted, out)();
     });
-  for (size_t i = 0; !in_float32 && i < n; ++i) {
-    out.weights[i] = out.weights[i].to(weights[i].scalar_type());
-    if (const auto a = lora_a.get(i)) out.a[i] = out.a[i].to(a->scalar_type());
-    if (const auto b = lora_b.get(i)) out.b[i] = out.b[i].to(b->scalar_type());
-  }
   return {out.x, out.weights, out.biases, out.a, out.b};
+}
+
+namespace {
+
+LinearGradients lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::TensorList weights,
+                                     const OptionalTensors& lora_a, const OptionalTensors& lora_b, at::TensorList xas,
+                                     at::ArrayRef<double> scales, double dropout_p, at::IntArrayRef seeds, bool wants_x,
+                                     const c10::List<bool>& wants, bool in_float32) {
+  static const auto reference = reference_of<decltype(lora_linear_backward)>("fastpt::lora_linear_backward");
+  if (!is_native(x))
+    return reference(grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, in_float32);
+  const auto projections = read_projections(x, weights, no_tensors(weights.size()), lora_a, lora_b, scales, seeds);
+  auto found = linear_backward(grads, x, projections, xas, dropout_p, wants_x, wants);
+  return in_float32 ? found : rounded(std::move(found), weights, lora_a, lora_b);
 }
 
 }  // namespace

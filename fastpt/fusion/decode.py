@@ -58,7 +58,8 @@ class Decoder:
         }
         self.head = LanguageHead.of(model)
         try:
-            self.head_projection: Projection | None = Projection.read(self.head.module, "the language head")
+            read = Projection.read(self.head.module, "the language head")
+            self.head_projection: Projection | None = read if isinstance(read.weight, Tensor) else None
         except NotFusable:
             self.head_projection = None
         self.blocks: dict[nn.Module, CachedBlock] = {}
@@ -193,6 +194,8 @@ class _Sink(NamedTuple):
 def _cached(block: Block, slots: int, capacity: int, hidden: Tensor) -> CachedBlock:
     """A block's weights as decode_block takes them, and an empty cache for it."""
     qkv, mlp, call = block.qkv, block.mlp, block.call
+    if any(group.has_nf4 for group in (qkv.projections, mlp.output, mlp.gate_up, mlp.down)):
+        raise NotFusable("4-bit weights")
     inner, kv = call.heads * call.head_dim, call.kv_heads * call.head_dim
     layers = [
         *_apart(qkv.projections, (inner, kv, kv)),

@@ -11,7 +11,7 @@ from fastpt.fusion.blocks import Recipe
 from fastpt.fusion.encoder_recipe import EncoderRecipe, dropout_of
 from fastpt.fusion.experts import innermost, is_swiglu
 from fastpt.fusion.patch import Patch, patch_of
-from fastpt.fusion.pieces import product_dtype
+from fastpt.fusion.pieces import Linears, product_dtype
 from fastpt.fusion.projection import NotFusable
 from fastpt.ops._attention_gpu import call_of, serving
 from fastpt.ops._library import serving_kernel
@@ -100,26 +100,31 @@ def _attention_of(path: str, config: Any, model: nn.Module) -> Row:
     return _attention(f"{path} attention".strip(), "attention", next(model.parameters()), head_dim, *options)
 
 
+def _op_of(linears: Linears) -> str:
+    return "nf4_linear" if linears.has_nf4 else "lora_linear"
+
+
 def _block_rows(path: str, block: nn.Module, recipe: Recipe, patch: Patch, device: str) -> list[Row]:
     try:
-        recipe.read_weights(block, next(p.dtype for p in block.parameters() if p.dim() == 1))
+        qkv, mlp = recipe.read_weights(block, next(p.dtype for p in block.parameters() if p.dim() == 1))
     except NotFusable as reason:
         return [Row(path, "", "", str(reason))]
     if patch.fallback:
         return [Row(path, "", "", f"last call: {patch.fallback}")]
     attention, gated = f"{path}.{recipe.attention}", f"{path}.{recipe.mlp}"
     rows = [_served(f"{path}.{recipe.norm.name}", "rms_norm", device)]
-    rows += [_served(f"{attention}.{name}", "lora_linear", device) for name in recipe.qkv]
+    rows += [_served(f"{attention}.{name}", _op_of(qkv.projections), device) for name in recipe.qkv]
     rows += [_served(f"{attention}.{norm.name}", "rms_norm", device) for norm in (recipe.q_norm, recipe.k_norm) if norm]
     window = getattr(block._modules[recipe.attention], "sliding_window", None)
-    options = next(block.parameters()), recipe.head_dim, window, recipe.softcap
+    norm = next(p for p in block.parameters() if p.dim() == 1)  # of the activations' dtype
+    options = norm, recipe.head_dim, window, recipe.softcap
     rows += [_served(attention, "rope", device), _attention(attention, "attention", *options)]
-    rows.append(_served(f"{attention}.{recipe.output}", "lora_linear", device))
+    rows.append(_served(f"{attention}.{recipe.output}", _op_of(mlp.output), device))
     rows += [_served(f"{path}.{n.name}", "rms_norm", device) for n in (recipe.after_attention, recipe.after_mlp) if n]
     rows.append(_served(f"{path}.{recipe.mlp_norm.name}", "add_rms_norm", device))
-    rows += [_served(f"{gated}.{name}", "lora_linear", device) for name in recipe.gate_up]
+    rows += [_served(f"{gated}.{name}", _op_of(mlp.gate_up), device) for name in recipe.gate_up]
     rows.append(_served(gated, GATED[recipe.activation], device))
-    return [*rows, _served(f"{gated}.{recipe.down}", "lora_linear", device)]
+    return [*rows, _served(f"{gated}.{recipe.down}", _op_of(mlp.down), device)]
 
 
 def _expert_rows(path: str, module: nn.Module, patch: Patch | None, device: str) -> list[Row]:

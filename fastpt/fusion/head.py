@@ -157,7 +157,7 @@ class LanguageHead:
             head = Projection.read(self.module, "the language head")
         except NotFusable:
             return None
-        is_served = head.magnitude is None and head.dropout_p == 0
+        is_served = head.magnitude is None and head.dropout_p == 0 and isinstance(head.weight, Tensor)
         return head if is_served else None
 
     @staticmethod

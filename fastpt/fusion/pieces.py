@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastpt.fusion.layout import Layout
 from fastpt.fusion.tree import tree_flatten, tree_unflatten
-from fastpt.ops import Layer
+from fastpt.ops import Layer, NF4Weight
 from fastpt.ops._library import gradient_dtype
+from fastpt.ops.nf4_linear import operands
 
 raw = torch.ops.fastpt
 
@@ -53,13 +54,23 @@ class Linears(NamedTuple):
     dropout_p: float = 0.0
     seeds: tuple[int, ...] = ()
 
+    @property
+    def has_nf4(self) -> bool:
+        """Whether a weight is 4-bit."""
+        return any(isinstance(layer.weight, NF4Weight) for layer in self.layers)
+
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs, and the low-rank hiddens that backward needs."""
-        return raw.lora_linear(x, *zip(*self.layers, strict=True), self.dropout_p, self.seeds)
+        weights, *others = zip(*self.layers, strict=True)
+        rest = *others, self.dropout_p, self.seeds
+        if self.has_nf4:
+            return raw.nf4_linear(x, *_operands(weights), *rest)
+        return raw.lora_linear(x, weights, *rest)
 
     def gated_forward(self, x: Tensor, activation: Activation) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The activation of gate and up, these (in one tensor where one layer makes both), and the low-rank hiddens."""
-        if activation.name == "silu" and len(self.layers) == 2:  # a GPU forms it as the products are stored
+        # A GPU forms it as the products are stored, but for 4-bit weights.
+        if activation.name == "silu" and len(self.layers) == 2 and not self.has_nf4:
             return raw.lora_swiglu(x, *zip(*self.layers, strict=True), self.dropout_p, self.seeds)
         outputs, low = self.forward(x)
         return activation.forward(*gate_and_up(outputs)), outputs, low
@@ -73,14 +84,21 @@ class Linears(NamedTuple):
         tensors = [tensor for layer in self.layers for tensor in layer[:4]]
         flags = [bool(dtype) for dtype in dtypes]
         in_float32 = any(dtype and dtype != tensor.dtype for dtype, tensor in zip(dtypes, tensors, strict=True))  # type: ignore
-        dx, *found = raw.lora_linear_backward(
-            grads, x, weights, lora_a, lora_b, low, scales, self.dropout_p, self.seeds, wants_x, flags, in_float32
-        )
+        rest = lora_a, lora_b, low, scales, self.dropout_p, self.seeds, wants_x, flags, in_float32
+        if self.has_nf4:
+            dx, *found = raw.nf4_linear_backward(grads, x, *_operands(weights), *rest)
+        else:
+            dx, *found = raw.lora_linear_backward(grads, x, weights, *rest)
         layers = tuple(
             Layer(*(found[kind][i] if flags[4 * i + kind] else None for kind in range(4)), None)  # type: ignore
             for i in range(len(self.layers))
         )
         return dx, Linears(layers, None, (None,) * len(self.seeds))  # type: ignore[arg-type]
+
+
+def _operands(weights: Sequence[Any]) -> tuple[tuple, ...]:
+    """Weights and the scales of 4-bit ones, as nf4_linear takes them."""
+    return tuple(zip(*map(operands, weights), strict=True))
 
 
 class Activation(NamedTuple):

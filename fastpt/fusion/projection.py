@@ -1,6 +1,7 @@
 """What a projection computes right now: nn.Linear or a PEFT LoRA layer read at call time, so PEFT stays the owner.
 
-Whatever else it is (quantised, other tuners) only its module can compute, and what holds it stays unfused.
+Weights may be NF4, our own or bitsandbytes'. Whatever else it is (other quantisations, other tuners) only its module can
+compute, and what holds it stays unfused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_state
 
-from fastpt.ops import Layer
+from fastpt.nf4 import weight_of
+from fastpt.ops import Layer, NF4Weight
 from fastpt.ops.lora_linear import with_magnitude
 
 
@@ -52,7 +54,7 @@ def _is_capture(hook: Any) -> bool:
 class Projection:
     """y = x Wᵀ + b + scale · dropout(x) Aᵀ Bᵀ, with DoRA's magnitude when given."""
 
-    weight: Tensor  # [O, D]
+    weight: Any  # Tensor [O, D], or an NF4Weight
     bias: Tensor | None = None  # [O]
     lora_a: Tensor | None = None  # [R, D]
     lora_b: Tensor | None = None  # [O, R]
@@ -70,31 +72,33 @@ class Projection:
         """The state of `module` at this moment; raises NotFusable when only calling it is right."""
         module = unwrapped(module)
         check_untouched(module, path)
-        if _is_plain(module):
-            return cls(module.weight, module.bias)  # type: ignore[arg-type]
-        lora = sys.modules.get("peft.tuners.lora.layer")
-        if lora is None or type(module) is not lora.Linear:
+        if (weight := _base_weight(module)) is not None:
+            return cls(weight, module.bias)  # type: ignore[arg-type]
+        if type(module) not in _lora_kinds():
             raise NotFusable(f"{path} is a {type(module).__name__}")
         return cls._read_lora(module, path)
 
     @classmethod
     def _read_lora(cls, layer: Any, path: str) -> Projection:
         base = layer.base_layer
-        if not _is_plain(base) or layer.fan_in_fan_out:
+        weight = _base_weight(base)
+        if weight is None or layer.fan_in_fan_out:
             raise NotFusable(f"{path} is a LoRA layer over a {type(base).__name__}")
         check_untouched(base, f"{path}.base_layer")
         active = [name for name in layer.active_adapters if name in layer.lora_A]
         if layer.disable_adapters and layer.merged:
             raise NotFusable(f"{path} is merged and disabled, which PEFT undoes in its forward")
         if layer.disable_adapters or layer.merged or not active:
-            return cls(base.weight, base.bias)
-        if len(active) == 1:
-            return cls(base.weight, base.bias, *_read_adapter(layer, active[0], path))
+            return cls(weight, base.bias)
         adapters = [_read_adapter(layer, name, path) for name in active]
+        if isinstance(weight, NF4Weight) and any(magnitude is not None for *_, magnitude in adapters):
+            raise NotFusable(f"{path} has DoRA over a 4-bit weight")
+        if len(active) == 1:
+            return cls(weight, base.bias, *adapters[0])
         if any(dropout_p > 0 or magnitude is not None for *_, dropout_p, magnitude in adapters):
             raise NotFusable(f"{path} adds up adapters with dropout or DoRA")
         lora_a = torch.cat([a for a, *_ in adapters])
-        return cls(base.weight, base.bias, lora_a, torch.cat([b * scale for _, b, scale, *_ in adapters], dim=1))
+        return cls(weight, base.bias, lora_a, torch.cat([b * scale for _, b, scale, *_ in adapters], dim=1))
 
 
 def _read_adapter(layer: Any, name: str, path: str) -> tuple[Tensor, Tensor, float, float, Tensor | None]:
@@ -112,6 +116,21 @@ def _read_adapter(layer: Any, name: str, path: str) -> tuple[Tensor, Tensor, flo
             raise NotFusable(f"{path} has a {type(variant).__name__} or drops DoRA's input, which only PEFT does")
         magnitude = layer.lora_magnitude_vector[name].weight
     return a.weight, b.weight, layer.scaling[name], dropout_p, magnitude
+
+
+def _lora_kinds() -> tuple[type, ...]:
+    """PEFT's LoRA layers over linear ones, as far as they are imported."""
+    modules = (sys.modules.get("peft.tuners.lora.layer"), sys.modules.get("peft.tuners.lora.bnb"))
+    names = ("Linear", "Linear4bit")
+    return tuple(kind for module, name in zip(modules, names, strict=True) if (kind := getattr(module, name, None)))
+
+
+def _base_weight(module: nn.Module) -> Any:
+    """The weight of a plain linear layer, or of one on a 4-bit weight whose rows are whole bytes; None for anything else."""
+    if _is_plain(module):
+        return module.weight
+    weight = weight_of(module)
+    return None if weight is None or weight.shape[1] % 2 else weight
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from fastpt.fusion.blocks import NormRecipe, Recipe
 from fastpt.fusion.decoder import Block, decoder_block
 from fastpt.fusion.layout import Layout
 from fastpt.fusion.projection import NotFusable, check_untouched, out_features, unwrapped
+from fastpt.nf4 import weight_of
 from fastpt.ops.rms_norm import reference as rms_norm_definition
 
 PROBE_TOKENS = 6
@@ -180,6 +181,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     was, threads = {part: part.training for part in module.modules()}, torch.get_num_threads()
     device = next((p.device.type for p in module.parameters()), "cpu")
     module.eval()
+    for part in module.modules():
+        if weight_of(part) is not None:
+            part.training = True  # bitsandbytes' Linear4bit would pack its weights anew, for good
     torch.set_num_threads(1)
     try:
         with torch.autocast(device, enabled=False):

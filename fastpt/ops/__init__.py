@@ -13,6 +13,8 @@ from fastpt.ops.grouped_linear import grouped_linear
 from fastpt.ops.layer_norm import add_layer_norm, layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastpt.ops.lora_linear import Layer, linear_group, lora_linear, lora_swiglu
+from fastpt.ops.nf4 import NF4Weight, nf4_dequantize, nf4_quantize
+from fastpt.ops.nf4_linear import nf4_linear
 from fastpt.ops.rms_norm import add_rms_norm, rms_norm
 from fastpt.ops.rope import rope
 from fastpt.ops.swiglu import swiglu
@@ -20,6 +22,7 @@ from fastpt.ops.token_stats import TokenStats, token_stats
 
 __all__ = [
     "Layer",
+    "NF4Weight",
     "TokenStats",
     "adamw",
     "adamw_8bit",
@@ -41,6 +44,9 @@ __all__ = [
     "linear_group",
     "lora_linear",
     "lora_swiglu",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_quantize",
     "rms_norm",
     "rope",
     "swiglu",

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fastpt.adapters import ADAPTERS
 from fastpt.config import Config
 
 
@@ -35,4 +36,4 @@ def peak_lr(config: Config) -> float:
     """The configured peak learning rate, or the default of the method: 2e-4 for adapters, 2e-5 otherwise."""
     if config.optim.lr is not None:
         return config.optim.lr
-    return 2e-4 if config.method.name in ("lora", "dora") else 2e-5
+    return 2e-4 if config.method.name in ADAPTERS else 2e-5
