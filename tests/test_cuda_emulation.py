@@ -14,6 +14,10 @@ FAULTS = {  # in a header of csrc/cuda: what stands there, what would be wrong
     "a last program missing": ("adamw.h", "(size + kProgramValues - 1) / kProgramValues", "size / kProgramValues + (size == 1)"),
     "a scale from another thread": ("adamw_body.h", "if (thread % kScaleThreads == 0)", "if (thread % kScaleThreads == 1)"),
     "an address that is not aligned": ("adamw_body.h", "thread * kThreadValues + g * kGroup", "thread * kGroup + g * kGroup"),
+    "NF4 out of range": ("nf4_body.h", "left >= kGroup ? kGroup", "left > 0 ? kGroup"),
+    "NF4 a last program missing": ("nf4.h", "(size + kNf4ProgramValues - 1) / kNf4ProgramValues", "size / kNf4ProgramValues"),
+    "NF4 another block's scale": ("nf4_body.h", "first / kNf4Block)", "first / (2 * kNf4Block))"),
+    "NF4 halves of a byte": ("nf4_body.h", "i % 2 == 0 ? 4 : 0", "i % 2 == 0 ? 0 : 4"),
 }  # fmt: skip
 
 
@@ -28,10 +32,11 @@ def run(name: str, folder: Path, sources: Path = ROOT / "csrc") -> subprocess.Co
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-def test_adamw_touches_every_value_and_no_other(tmp_path):
-    done = run("adamw_emulation", tmp_path)
+@pytest.mark.parametrize(("name", "tensors"), [("adamw", 168), ("nf4", 168)])
+def test_a_launch_touches_every_value_and_no_other(name, tensors, tmp_path):
+    done = run(f"{name}_emulation", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "168 tensors" in done.stdout
+    assert f"{tensors} tensors" in done.stdout
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -43,9 +48,9 @@ def test_a_planted_fault_is_seen(fault, tmp_path):
     text = header.read_text()
     assert text.count(right) == 1
     header.write_text(text.replace(right, wrong))
-    done = run("adamw_emulation", tmp_path, tmp_path / "csrc")
+    done = run("nf4_emulation" if "NF4" in fault else "adamw_emulation", tmp_path, tmp_path / "csrc")
     assert done.returncode != 0
-    if fault == "out of range":
+    if fault.endswith("out of range"):
         assert "AddressSanitizer" in done.stderr
     elif fault == "an address that is not aligned":
         assert done.returncode == -signal.SIGILL  # load_16_bytes traps
