@@ -19,11 +19,11 @@ def _norm_forward(stages: int) -> Entries:
     ]
 
 
-def _norm_backward(wide: int) -> Entries:
+def _norm_backward(stages: int, wide: int) -> Entries:
     """`wide` are the stages of 16384 columns with a residual, whose registers only shared memory relieves."""
     return [
-        (24576, {"columns": 4096, "warps": 8, "stages": 3, "per_processor": 2}),
-        (49152, {"columns": 4096, "warps": 16, "stages": 3}),
+        (24576, {"columns": 4096, "warps": 8, "stages": stages, "per_processor": 2}),
+        (49152, {"columns": 4096, "warps": 16, "stages": min(3, stages)}),
         (98304, {"columns": 4096, "warps": 16}),
         (131072, {"columns": 4096, "warps": 16, "stages": wide}),
         (1 << 62, {"columns": 4096, "warps": 16}),
@@ -41,7 +41,13 @@ TABLE: dict[str, dict[int, Entries]] = {
     # norm_rows.py: the size is the bytes of one row of everything that is loaded, of which `stages - 1` are in shared memory;
     # `columns` are the values of a tile, as many short rows as that takes.
     "norm_forward": {80: _norm_forward(stages=3), 90: _norm_forward(stages=5), 120: _norm_forward(stages=3)},
-    "norm_backward": {80: _norm_backward(wide=1), 90: _norm_backward(wide=2), 120: _norm_backward(wide=1)},
+    "norm_backward": {
+        80: _norm_backward(stages=3, wide=1),
+        86: _norm_backward(stages=2, wide=1),
+        90: _norm_backward(stages=3, wide=2),
+        100: _norm_backward(stages=4, wide=2),
+        120: _norm_backward(stages=2, wide=1),
+    },
     "norm_parameter_sums": {80: [(1 << 62, {"rows": 2, "columns": 1024, "warps": 4, "stages": 4, "per_processor": 3})]},
     "column_sums": {80: [(1 << 62, {"rows": 32, "columns": 64, "warps": 4})]},
     # dora_norm, by the bytes of the padded rank of one column of A: depth is the most of the rank that is not cut.
