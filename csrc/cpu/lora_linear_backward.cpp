@@ -17,16 +17,6 @@ namespace {
 
 constexpr int64_t kTokens = 256;  // depth of one step of a product over tokens: its operands stay in L2
 
-// Which gradients are wanted of one projection.
-struct Wants {
-  bool weight, bias, a, b;
-};
-
-struct Gradients {
-  at::Tensor x;
-  std::vector<at::Tensor> weights, biases, a, b;
-};
-
 int64_t padded_tokens(int64_t n) {  // few different depths, as for the heights of tiles
   return (n + 31) / 32 * 32;
 }
@@ -81,7 +71,7 @@ class Backward {
       Operands<T>& o = operands_[i];
       if (wants_x_) {
         o.weight = Packed<T>(p.out(), width(), x_.options());
-        o.weight.add_rows(jobs, p.weight);
+        o.weight.add(jobs, p.weight);
       }
       if (!has_low(i)) continue;
       o.parts = parts_of<T>(p.a);
@@ -353,10 +343,7 @@ Outputs lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::Tens
     out.b.push_back(p.rank() ? array(p.b.sizes(), wanted[i].b) : array({0}, false));
     low.push_back(xas[i].contiguous());
   }
-  if (rows.size(0) > 0)
-    by_dtype(x, [&]<typename T>() {
-      Backward<T>(rows, projections, grads, low, Dropout{dropout_p}, wants_x, wanted, out)();
-    });
+  project_backward(rows, projections, grads, low, Dropout{dropout_p}, wants_x, wanted, out);
   for (size_t i = 0; !in_float32 && i < n; ++i) {
     out.weights[i] = out.weights[i].to(weights[i].scalar_type());
     if (const auto a = lora_a.get(i)) out.a[i] = out.a[i].to(a->scalar_type());
@@ -366,6 +353,14 @@ Outputs lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::Tens
 }
 
 }  // namespace
+
+void project_backward(const at::Tensor& x, const std::vector<Projection>& projections, at::TensorList grads,
+                      const std::vector<at::Tensor>& xas, const Dropout& dropout, bool wants_x,
+                      const std::vector<Wants>& wants, Gradients& out) {
+  if (x.size(0) == 0) return;
+  by_dtype(x, [&]<typename T>() { Backward<T>(x, projections, grads, xas, dropout, wants_x, wants, out)(); });
+}
+
 }  // namespace fastpt
 
 TORCH_LIBRARY_IMPL(fastpt, CPU, m) {
