@@ -97,20 +97,25 @@ std::tuple<at::Tensor, at::Tensor> grouped_linear(const at::Tensor& x, const at:
   return {y, xa};
 }
 
-// A gradient of a stack, and an expert's part of it while it is summed in float32.
+// A gradient of a stack, and an expert's part of it while it is summed: in place, or in float32 of its own.
 struct StackGradient {
   StackGradient(const Adapter& stack, bool wanted, bool in_float32, const at::Tensor& x)
       : is_wanted(wanted && stack.has_value()),
         all(fresh(is_wanted ? stack->sizes() : at::IntArrayRef{0},
                   in_float32 ? x.options().dtype(at::kFloat) : x.options())) {}
 
-  at::Tensor begin(const Group& group) const {
+  at::Tensor part(const Group& group) const {
     if (!is_wanted) return {};
-    const auto part = all.select(0, group.expert);
+    auto part = all.select(0, group.expert);
     if (group.rows == 0) part.zero_();
-    return part.scalar_type() == at::kFloat ? part : fresh(part.sizes(), part.options().dtype(at::kFloat));
+    return part;
   }
-  void end(const Group& group, const at::Tensor& sum) const {
+  at::Tensor sum_of(const Group& group) const {
+    const auto found = part(group);
+    return !is_wanted || found.scalar_type() == at::kFloat ? found
+                                                           : fresh(found.sizes(), found.options().dtype(at::kFloat));
+  }
+  void store(const Group& group, const at::Tensor& sum) const {
     if (is_wanted && group.rows > 0 && all.scalar_type() != at::kFloat) all.select(0, group.expert).copy_(sum);
   }
 
@@ -140,13 +145,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grouped_linear_backwa
   const std::vector<Wants> wanted{{dweight.is_wanted, false, da.is_wanted, db.is_wanted}};
   for_each_group(groups, [&](const Group& group) {
     Gradients out{wants_x ? rows_of(group, dx) : dx,
-                  {dweight.begin(group)},
+                  {dweight.part(group)},
                   {at::Tensor()},
-                  {da.begin(group)},
-                  {db.begin(group)}};
+                  {da.sum_of(group)},
+                  {db.sum_of(group)}};
     project_backward(rows_of(group, rows), projection_of(group.expert, weight, lora_a, lora_b, scale),
                      {rows_of(group, grads)}, {rows_of(group, hidden)}, Dropout{0}, wants_x, wanted, out);
-    dweight.end(group, out.weights[0]), da.end(group, out.a[0]), db.end(group, out.b[0]);
+    da.store(group, out.a[0]), db.store(group, out.b[0]);
   });
   return {dx, dweight.all, da.all, db.all};
 }

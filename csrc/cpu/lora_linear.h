@@ -73,7 +73,7 @@ struct Wants {
   bool weight, bias, a, b;
 };
 
-// Where they go: x's like x, the others float32.
+// Where they go: x's like x, those of weights in float32 or x's dtype, the others float32.
 struct Gradients {
   at::Tensor x;
   std::vector<at::Tensor> weights, biases, a, b;

@@ -263,8 +263,10 @@ class Backward {
       }
     }
     run(jobs);
-    for_each_task(blocks.size(),
-                  [&](int64_t, int64_t at) { weight_rows(blocks[at].first, blocks[at].second, packed); });
+    const Scratch<float> scratch(any ? kRows * width() : 0, x_.options().dtype(at::kFloat));
+    for_each_task(blocks.size(), [&](int64_t worker, int64_t at) {
+      weight_rows(blocks[at].first, blocks[at].second, packed, scratch.of(worker));
+    });
     for (size_t i = 0; i < projections_.size(); ++i)
       if (wants_[i].bias) out_.biases[i] = column_sums(operands_[i].grad, projections_[i].out());
   }
@@ -277,14 +279,18 @@ class Backward {
     for (int64_t r = 0; r < rows; ++r) std::fill(out + r * padded_ + tokens_, out + (r + 1) * padded_, T(0.0f));
   }
 
-  void weight_rows(size_t i, int64_t o, const Packed<T>& x) {
+  void weight_rows(size_t i, int64_t o, const Packed<T>& x, float* sums) {
     const int64_t rows = std::min(kRows, projections_[i].out() - o);
-    float* dweight = out_.weights[i].mutable_data_ptr<float>() + o * width();
+    const at::Tensor& dweight = out_.weights[i];
+    const bool is_float = dweight.scalar_type() == at::kFloat;
+    if (is_float) sums = dweight.mutable_data_ptr<float>() + o * width();
     const int64_t step = padded_ <= 2 * kTokens ? padded_ : kTokens;  // few tokens in one go: sums are stored once
     for (int64_t t = 0; t < padded_; t += step)
       for (int64_t p = 0; p < x.panels(); ++p)
         multiply<T>(rows, x.width(p), std::min(step, padded_ - t), padded_, data(operands_[i].grad_t, o) + t,
-                    x.panel(p) + t * kPanel, t > 0, width(), dweight + p * kPanel);
+                    x.panel(p) + t * kPanel, t > 0, width(), sums + p * kPanel);
+    if (!is_float) FASTPT_BY_ISA(store_tile<T>)
+    (rows, width(), width(), sums, nullptr, width(), dweight.mutable_data_ptr<T>() + o * width());
   }
 
   at::Tensor column_sums(const at::Tensor& grad, int64_t columns) {
@@ -323,9 +329,9 @@ Outputs lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::Tens
   for (size_t i = 0; i < n; ++i) no_biases.push_back(std::nullopt);
   const auto projections = read_projections(x, weights, no_biases, lora_a, lora_b, scales, seeds);
   const auto rows = gemm_rows(x);
-  const auto wide = x.options().dtype(at::kFloat);
-  const auto array = [&](at::IntArrayRef sizes, bool wanted) {
-    return !wanted ? fresh({0}, wide) : rows.size(0) > 0 ? fresh(sizes, wide) : at::zeros(sizes, wide);
+  const auto array = [&](at::IntArrayRef sizes, bool wanted, at::ScalarType dtype = at::kFloat) {
+    const auto options = x.options().dtype(dtype);
+    return !wanted ? fresh({0}, options) : rows.size(0) > 0 ? fresh(sizes, options) : at::zeros(sizes, options);
   };
   Gradients out{fresh(wants_x ? x.sizes() : at::IntArrayRef{0}, x.options()), {}, {}, {}, {}};
   std::vector<Wants> wanted;
@@ -337,7 +343,7 @@ Outputs lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::Tens
     TORCH_CHECK(grads[i].size(-1) == p.out() && grads[i].scalar_type() == x.scalar_type(),
                 "lora_linear_backward: grad ", i, " is ", grads[i].sizes(), " ", grads[i].scalar_type(),
                 " for a weight ", p.weight.sizes());
-    out.weights.push_back(array(p.weight.sizes(), wanted[i].weight));
+    out.weights.push_back(array(p.weight.sizes(), wanted[i].weight, in_float32 ? at::kFloat : p.weight.scalar_type()));
     out.biases.push_back(array({p.out()}, wanted[i].bias));
     out.a.push_back(p.rank() ? array(p.a.sizes(), wanted[i].a) : array({0}, false));
     out.b.push_back(p.rank() ? array(p.b.sizes(), wanted[i].b) : array({0}, false));
@@ -345,7 +351,6 @@ Outputs lora_linear_backward(at::TensorList grads, const at::Tensor& x, at::Tens
   }
   project_backward(rows, projections, grads, low, Dropout{dropout_p}, wants_x, wanted, out);
   for (size_t i = 0; !in_float32 && i < n; ++i) {
-    out.weights[i] = out.weights[i].to(weights[i].scalar_type());
     if (const auto a = lora_a.get(i)) out.a[i] = out.a[i].to(a->scalar_type());
     if (const auto b = lora_b.get(i)) out.b[i] = out.b[i].to(b->scalar_type());
   }
