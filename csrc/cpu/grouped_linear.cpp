@@ -91,6 +91,7 @@ std::tuple<at::Tensor, at::Tensor> grouped_linear(const at::Tensor& x, const at:
   auto xa = fresh({x.size(0), lora_a ? lora_a->size(1) : 0}, x.options());
   clear_rest(groups, y), clear_rest(groups, xa);
   for_each_group(groups, [&](const Group& group) {
+    if (group.rows == 0) return;
     std::vector<at::Tensor> ys{rows_of(group, y)}, xas{rows_of(group, xa)};
     project(rows_of(group, rows), projection_of(group.expert, weight, lora_a, lora_b, scale), Dropout{0}, ys, xas);
   });
@@ -149,6 +150,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grouped_linear_backwa
                   {at::Tensor()},
                   {da.sum_of(group)},
                   {db.sum_of(group)}};
+    if (group.rows == 0) return;
     project_backward(rows_of(group, rows), projection_of(group.expert, weight, lora_a, lora_b, scale),
                      {rows_of(group, grads)}, {rows_of(group, hidden)}, Dropout{0}, wants_x, wanted, out);
     da.store(group, out.a[0]), db.store(group, out.b[0]);
