@@ -16,7 +16,7 @@ using Adapter = std::optional<at::Tensor>;
 
 void check(const at::Tensor& x, const at::Tensor& offsets, const at::Tensor& weight, const Adapter& a,
            const Adapter& b) {
-  const int64_t experts = weight.dim() > 0 ? weight.size(0) : 0;
+  const auto experts = weight.size(0);
   bool is_right = x.dim() == 2 && weight.dim() == 3 && x.size(1) == weight.size(2) &&
                   offsets.scalar_type() == at::kInt && offsets.sizes() == at::IntArrayRef{experts + 1} &&
                   weight.scalar_type() == x.scalar_type() && a.has_value() == b.has_value();

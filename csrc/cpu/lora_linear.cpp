@@ -8,7 +8,6 @@
 #include <torch/library.h>
 
 #include "cpu/dispatch.h"
-#include "cpu/few_rows.h"
 #include "cpu/row_blocks.h"
 #define FASTPT_KERNELS "cpu/lora_linear_kernels.h"
 #include "cpu/for_each_isa.h"
@@ -79,7 +78,6 @@ at::Tensor column_parts(const at::Tensor& b, int64_t parts) {
 
 namespace {
 
-constexpr int64_t kFewRows = 8;       // up to so many a weight is read once as it is, which packing alone costs twice
 constexpr int64_t kPanelsOfTask = 4;  // at 128 rows a task of 4 panels takes some 100 microseconds
 
 // What a projection needs besides itself: packed operands, and the low-rank hidden rounded for the second product.
@@ -110,7 +108,7 @@ class Forward {
       const Projection& p = projections_[i];
       Operands<T>& o = operands_[i];
       o.weight = Packed<T>(width(), p.out(), x_.options());
-      if (!reads_rows(p)) o.weight.add(jobs, p.weight.t());
+      o.weight.add(jobs, p.weight.t());
       if (p.rank() == 0) continue;
       o.parts = parts_of<T>(p.a);
       o.x_low = dropout_.drops ? dropped(x_, dropout_, p.seed) : x_;
@@ -121,10 +119,6 @@ class Forward {
       o.b.add_transposed(jobs, p.b);
     }
     run(jobs);
-  }
-
-  bool reads_rows(const Projection& p) const {
-    return x_.size(0) <= kFewRows && p.weight.is_contiguous() && p.weight.scalar_type() == x_.scalar_type();
   }
 
   // xa = x · aᵀ for each row tile.
@@ -177,16 +171,11 @@ class Forward {
   void base_tile(size_t i, int64_t p, int64_t r0, float* tile) {
     const Operands<T>& o = operands_[i];
     const int64_t rows = std::min(kRows, x_.size(0) - r0), columns = o.weight.width(p);
-    const Projection& projection = projections_[i];
-    const bool has_low = projection.rank() > 0, reads = reads_rows(projection);
-    if (reads)
-      few_rows(rows, columns, width(), data(x_, r0), x_.stride(0), data(projection.weight, p * kPanel), width(), tile,
-               kPanel);
+    const bool has_low = projections_[i].rank() > 0;
     if (has_low)
-      multiply<T>(rows, columns, o.b.depth(), o.xa_low.stride(0), data(o.xa_low, r0), o.b.panel(p), reads, kPanel,
+      multiply<T>(rows, columns, o.b.depth(), o.xa_low.stride(0), data(o.xa_low, r0), o.b.panel(p), false, kPanel,
                   tile);
-    if (!reads)
-      multiply<T>(rows, columns, width(), x_.stride(0), data(x_, r0), o.weight.panel(p), has_low, kPanel, tile);
+    multiply<T>(rows, columns, width(), x_.stride(0), data(x_, r0), o.weight.panel(p), has_low, kPanel, tile);
     const at::Tensor& bias = projections_[i].bias;
     const int64_t ldy = projections_[i].out();
     FASTPT_BY_ISA(store_tile<T>)
