@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import choose, on_device
-from .lora_gemm import _add_low_rank, _add_product, _store
+from .lora_gemm import add_low_rank, add_product, store_tile
 
 
 @triton.jit
@@ -40,17 +40,17 @@ def grouped_product(x_ptr, offsets_ptr, w_ptr, low_ptr, up_ptr, y_ptr, T, E, D, 
     tile, column = tl.program_id(0) // tl.cdiv(width, BN), (tl.program_id(0) % tl.cdiv(width, BN)) * BN
     expert, row, end = _tile_rows(tile, offsets_ptr, T, E, EXPERTS, BM)
     if expert == E:
-        _store(tl.zeros((BM, BN), dtype=tl.float32), y_ptr, row, column, end, width, BM, BN)
+        store_tile(tl.zeros((BM, BN), dtype=tl.float32), y_ptr, row, column, end, width, BM, BN)
     if expert < E:
         rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
         which = expert.to(tl.int64)
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         if low_ptr is not None:
-            acc = _add_low_rank(acc, low_ptr, rank, up_ptr + which * up_expert, up_stride, up_step, rows, columns, end, width,
-                                rank, BR, x_ptr.dtype.element_ty == tl.float32) * scale  # fmt: skip
-        acc = _add_product(acc, x_ptr, x_stride, 1, w_ptr + which * w_expert, w_step, w_stride, row, column, end, width, D,
-                           BM, BN, BK, IS_EVEN)  # fmt: skip
-        _store(acc, y_ptr, row, column, end, width, BM, BN)
+            acc = add_low_rank(acc, low_ptr, rank, up_ptr + which * up_expert, up_stride, up_step, rows, columns, end, width,
+                               rank, BR, x_ptr.dtype.element_ty == tl.float32) * scale  # fmt: skip
+        acc = add_product(acc, x_ptr, x_stride, 1, w_ptr + which * w_expert, w_step, w_stride, row, column, end, width, D,
+                          BM, BN, BK, IS_EVEN)  # fmt: skip
+        store_tile(acc, y_ptr, row, column, end, width, BM, BN)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def grouped_token_sum(left_ptr, right_ptr, offsets_ptr, out_ptr, M, N, scale, le
         )
         acc = tl.dot(tl.trans(left), right, acc, input_precision="tf32x3")
     to = out_ptr + expert.to(tl.int64) * out_expert + rows[:, None] * out_stride + columns[None, :] * out_step
-    tl.store(to, acc * scale, mask=(rows < M)[:, None] & (columns < N)[None, :])
+    tl.store(to, (acc * scale).to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
 def forward(x, offsets, weight, lora_a, lora_b, scale) -> tuple[Tensor, Tensor]:
@@ -91,14 +91,14 @@ def forward(x, offsets, weight, lora_a, lora_b, scale) -> tuple[Tensor, Tensor]:
     return y, xa
 
 
-def backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants):
+def backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants, in_float32=True):
     _check(x, offsets, weight, lora_a, lora_b)
     if grad.shape != (len(x), weight.shape[1]) or grad.dtype != x.dtype:
         raise RuntimeError(f"grouped_linear: grad is {list(grad.shape)} {grad.dtype} for x {list(x.shape)} {x.dtype}")
     grad, x = _rows(grad), _rows(x)
     dx = x.new_empty(x.shape if wants[0] else (0,))
     dweight, da, db = (
-        x.new_empty(like.shape if wanted and like is not None else (0,), dtype=torch.float32)
+        x.new_empty(like.shape if wanted and like is not None else (0,), dtype=torch.float32 if in_float32 else x.dtype)
         for wanted, like in zip(wants[1:], (weight, lora_a, lora_b), strict=True)
     )
     if len(x) == 0:

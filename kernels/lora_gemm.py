@@ -47,8 +47,8 @@ def _tile_of(pid, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _add_low_rank(acc, low_ptr, low_stride, up_ptr, up_stride, up_step, rows, columns, T, width, rank, BR: tl.constexpr,
-                  IS_WIDE: tl.constexpr):  # fmt: skip
+def add_low_rank(acc, low_ptr, low_stride, up_ptr, up_stride, up_step, rows, columns, T, width, rank, BR: tl.constexpr,
+                 IS_WIDE: tl.constexpr):  # fmt: skip
     """acc + low [T, rank] @ up [rank, width]."""
     for first in tl.range(0, rank, BR, num_stages=1):
         at = first + tl.arange(0, BR)
@@ -66,7 +66,7 @@ def _low_rank_term(lora_b, xas, ranks, scales, i: tl.constexpr, rows, columns, T
     """scale_i xa_i b_iᵀ, zero without an adapter: what the accumulator of layer i starts from."""
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     if lora_b[i] is not None:
-        acc = _add_low_rank(
+        acc = add_low_rank(
             acc, xas[i], ranks[i], lora_b[i], 1, ranks[i], rows, columns, T, width, ranks[i], BR, IS_WIDE
         )
         acc *= scales[i]
@@ -81,8 +81,8 @@ def _with_bias(acc, biases, i: tl.constexpr, columns, width):
 
 
 @triton.jit
-def _add_product(acc, a_ptr, a_stride, a_step, b_ptr, b_stride, b_step, row, column, T, width, depth, BM: tl.constexpr,
-                 BN: tl.constexpr, BK: tl.constexpr, IS_EVEN: tl.constexpr):  # fmt: skip
+def add_product(acc, a_ptr, a_stride, a_step, b_ptr, b_stride, b_step, row, column, T, width, depth, BM: tl.constexpr,
+                BN: tl.constexpr, BK: tl.constexpr, IS_EVEN: tl.constexpr):  # fmt: skip
     """acc + a [T, depth] @ b [depth, width] from row and column on, any strides; only a tile's start needs 64 bits."""
     at, rows, columns = tl.arange(0, BK), tl.arange(0, BM), tl.arange(0, BN)
     a_ptr += tl.cast(row, tl.int64) * a_stride
@@ -104,7 +104,7 @@ def _add_product(acc, a_ptr, a_stride, a_step, b_ptr, b_stride, b_step, row, col
 
 
 @triton.jit
-def _store(acc, y_ptr, row, column, T, width, BM: tl.constexpr, BN: tl.constexpr):
+def store_tile(acc, y_ptr, row, column, T, width, BM: tl.constexpr, BN: tl.constexpr):
     """Store a tile of y [T, width]."""
     rows, columns = tl.arange(0, BM), tl.arange(0, BN)
     inside = (rows < T - row)[:, None] & (columns < width - column)[None, :]
@@ -126,10 +126,10 @@ def lora_output(x_ptr, weights, biases, lora_b, xas, ys, T, D, outs, ranks, scal
             columns = column + tl.arange(0, BN)
             acc = _low_rank_term(lora_b, xas, ranks, scales, i, rows, columns, T, outs[i], BM, BN, BR,
                                  x_ptr.dtype.element_ty == tl.float32)  # fmt: skip
-            acc = _add_product(acc, x_ptr, x_stride, x_step, weights[i], w_steps[i], w_strides[i], row, column, T, outs[i],
-                               D, BM, BN, BK, IS_EVEN)  # fmt: skip
+            acc = add_product(acc, x_ptr, x_stride, x_step, weights[i], w_steps[i], w_strides[i], row, column, T, outs[i],
+                              D, BM, BN, BK, IS_EVEN)  # fmt: skip
             acc = _with_bias(acc, biases, i, columns, outs[i])
-            _store(acc, ys[i], row, column, T, outs[i], BM, BN)
+            store_tile(acc, ys[i], row, column, T, outs[i], BM, BN)
 
 
 @triton.jit
@@ -161,10 +161,10 @@ def lora_swiglu(x_ptr, weights, biases, lora_b, xas, ys, h_ptr, T, D, width, ran
         up_ptr += tl.cast(BK, tl.int64) * w_steps[1]
     gate = _with_bias(gate, biases, 0, column + columns, width)
     up = _with_bias(up, biases, 1, column + columns, width)
-    _store(gate, ys[0], row, column, T, width, BM, BN)
-    _store(up, ys[1], row, column, T, width, BM, BN)
+    store_tile(gate, ys[0], row, column, T, width, BM, BN)
+    store_tile(up, ys[1], row, column, T, width, BM, BN)
     gate, up = gate.to(h_ptr.dtype.element_ty).to(tl.float32), up.to(h_ptr.dtype.element_ty).to(tl.float32)
-    _store(gate * tl.sigmoid(gate) * up, h_ptr, row, column, T, width, BM, BN)
+    store_tile(gate * tl.sigmoid(gate) * up, h_ptr, row, column, T, width, BM, BN)
 
 
 @triton.jit
@@ -181,13 +181,13 @@ def lora_input_grad(grads, weights, lora_a, dxa_ptr, dx_ptr, T, D, outs, ranks, 
     for i in tl.static_range(ADAPTERS):
         dxa = dxa_ptr + places[i]
         if THRESHOLD == 0:
-            acc = _add_low_rank(acc, dxa, dxa_stride, lora_a[i], D, 1, rows, columns, T, D, ranks[i], BR, IS_WIDE)
+            acc = add_low_rank(acc, dxa, dxa_stride, lora_a[i], D, 1, rows, columns, T, D, ranks[i], BR, IS_WIDE)
         else:
             low = tl.zeros((BM, BN), dtype=tl.float32)
-            low = _add_low_rank(low, dxa, dxa_stride, lora_a[i], D, 1, rows, columns, T, D, ranks[i], BR, IS_WIDE)
+            low = add_low_rank(low, dxa, dxa_stride, lora_a[i], D, 1, rows, columns, T, D, ranks[i], BR, IS_WIDE)
             keys = keys_of(rows, seed_words, i)
             acc += tl.where(is_kept(keys[:, None], columns[None, :], THRESHOLD), low * keep_scale, 0.0)
     for i in tl.static_range(N):
-        acc = _add_product(acc, grads[i], grad_strides[i], 1, weights[i], w_strides[i], w_steps[i], row, column, T, D,
-                           outs[i], BM, BN, BK, IS_EVEN)  # fmt: skip
-    _store(acc, dx_ptr, row, column, T, D, BM, BN)
+        acc = add_product(acc, grads[i], grad_strides[i], 1, weights[i], w_strides[i], w_steps[i], row, column, T, D,
+                          outs[i], BM, BN, BK, IS_EVEN)  # fmt: skip
+    store_tile(acc, dx_ptr, row, column, T, D, BM, BN)

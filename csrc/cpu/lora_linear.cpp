@@ -30,7 +30,13 @@ std::vector<Projection> read_projections(const at::Tensor& x, at::TensorList wei
                     (absmax || weight.scalar_type() == x.scalar_type() || weight.scalar_type() == at::kFloat),
                 "lora_linear: weight ", i, " is ", weight.sizes(), " ", weight.scalar_type(), ", x is ", x.sizes(), " ",
                 x.scalar_type(), "; it must be [O, D] of x's dtype or float");
-    Projection p{weight.contiguous(), {}, {}, {}, {}, static_cast<float>(scales[i]), seeds.empty() ? 0 : seeds[i]};
+    Projection p{absmax ? weight.contiguous() : dense(weight),
+                 {},
+                 {},
+                 {},
+                 {},
+                 static_cast<float>(scales[i]),
+                 seeds.empty() ? 0 : seeds[i]};
     if (absmax) p.nf4.emplace(p.weight, *absmax, nf4->nested.get(i), 2 * weight.numel());
     if (const std::optional<at::Tensor> bias = biases[i]; bias) p.bias = bias->to(at::kFloat).contiguous();
     const std::optional<at::Tensor> a = lora_a[i], b = lora_b[i];
@@ -111,7 +117,7 @@ class Forward {
       const Projection& p = projections_[i];
       Operands<T>& o = operands_[i];
       o.weight = p.nf4 ? Packed<T>(width(), p.out()) : Packed<T>(width(), p.out(), x_.options());
-      if (!p.nf4) o.weight.add_transposed(jobs, p.weight);
+      if (!p.nf4) o.weight.add(jobs, p.weight.t());
       if (p.rank() == 0) continue;
       o.parts = parts_of<T>(p.a);
       o.x_low = dropout_.drops ? dropped(x_, dropout_, p.seed) : x_;
@@ -221,8 +227,7 @@ LinearOutputs linear_forward(const at::Tensor& x, const std::vector<Projection>&
     ys.push_back(fresh(sizes, x.options()));
     xas.push_back(fresh({rows.size(0), p.rank()}, x.options().dtype(p.rank() ? p.a.scalar_type() : at::kFloat)));
   }
-  if (rows.size(0) > 0)
-    by_dtype(x, [&]<typename T>() { Forward<T>(rows, projections, Dropout{dropout_p}, ys, xas)(); });
+  project(rows, projections, Dropout{dropout_p}, ys, xas);
   return {ys, xas};
 }
 
@@ -237,6 +242,11 @@ LinearOutputs lora_linear(const at::Tensor& x, at::TensorList weights, const Opt
 }
 
 }  // namespace
+
+void project(const at::Tensor& x, const std::vector<Projection>& projections, const Dropout& dropout,
+             std::vector<at::Tensor>& ys, std::vector<at::Tensor>& xas) {
+  if (x.size(0) > 0) by_dtype(x, [&]<typename T>() { Forward<T>(x, projections, dropout, ys, xas)(); });
+}
 
 at::Tensor gemm_rows(const at::Tensor& x) {
   const auto rows = x.reshape({-1, x.size(-1)}).contiguous();

@@ -31,7 +31,8 @@ inline int64_t even(int64_t n) {
 
 // Everything about a call but the data.
 struct Projection {
-  at::Tensor weight;  // [O, D], of x's dtype or float32, contiguous, or bytes [O, D / 2] of
+  at::Tensor
+      weight;  // [O, D], of x's dtype or float32, it or its transpose contiguous; or contiguous bytes [O, D / 2] of
   std::optional<Nf4Weight> nf4;
   at::Tensor bias;  // float32 [O], or undefined
   at::Tensor a, b;  // [R, D], [O, R], both float32 or both of x's dtype, contiguous, or undefined
@@ -49,6 +50,11 @@ using OptionalTensors = c10::List<std::optional<at::Tensor>>;
 struct Nf4Lists {
   const OptionalTensors &absmax, &nested;
 };
+
+// A matrix as a projection holds it.
+inline at::Tensor dense(const at::Tensor& matrix) {
+  return matrix.t().is_contiguous() ? matrix : matrix.contiguous();
+}
 
 std::vector<Projection> read_projections(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
                                          const OptionalTensors& lora_a, const OptionalTensors& lora_b,
@@ -78,6 +84,27 @@ struct Dropout {
 
 // x [T, D] with zeros where the projection's seed drops it.
 at::Tensor dropped(const at::Tensor& x, const Dropout& dropout, int64_t seed);
+
+// y [T, O] and the low-rank hidden xa [T, R] of each projection, for rows x as gemm_rows gives them. On all threads;
+// inside a parallel region on the caller's, with the same result.
+void project(const at::Tensor& x, const std::vector<Projection>& projections, const Dropout& dropout,
+             std::vector<at::Tensor>& ys, std::vector<at::Tensor>& xas);
+
+// Which gradients are wanted of one projection.
+struct Wants {
+  bool weight, bias, a, b;
+};
+
+// Where they go: x's like x, those of weights in float32 or x's dtype, the others float32.
+struct Gradients {
+  at::Tensor x;
+  std::vector<at::Tensor> weights, biases, a, b;
+};
+
+// The backward of project, on threads as project is; what is not wanted is left alone.
+void project_backward(const at::Tensor& x, const std::vector<Projection>& projections, at::TensorList grads,
+                      const std::vector<at::Tensor>& xas, const Dropout& dropout, bool wants_x,
+                      const std::vector<Wants>& wants, Gradients& out);
 
 // Into how many numbers of type T one number of an adapter goes.
 template <typename T>
@@ -116,16 +143,24 @@ class Packed {
   // source[n, k]; source [.., ..] is of T or float32 and contiguous, and must outlive them. Each reads whole rows.
   void add_rows(Jobs& jobs, const at::Tensor& source) {
     for (int64_t k = 0; k < even(depth_); k += kPanel)
-      add(jobs, source, [this, k](const auto* from, int64_t rows, int64_t ld) { fill_rows(k, from, rows, ld); });
+      add_job(jobs, source, [this, k](const auto* from, int64_t rows, int64_t ld) { fill_rows(k, from, rows, ld); });
   }
   void add_transposed(Jobs& jobs, const at::Tensor& source) {
     for (int64_t p = 0; p < panels(); ++p)
-      add(jobs, source, [this, p](const auto* from, int64_t, int64_t ld) { fill_transposed(p, from, ld); });
+      add_job(jobs, source, [this, p](const auto* from, int64_t, int64_t ld) { fill_transposed(p, from, ld); });
+  }
+  // From a matrix B, it or its transpose contiguous.
+  void add(Jobs& jobs, const at::Tensor& source) {
+    if (source.is_contiguous()) {
+      add_rows(jobs, source);
+    } else {
+      add_transposed(jobs, source.t());
+    }
   }
 
  private:
   template <typename Fill>
-  static void add(Jobs& jobs, const at::Tensor& source, Fill fill) {
+  static void add_job(Jobs& jobs, const at::Tensor& source, Fill fill) {
     jobs.push_back([source, fill] {
       if (source.scalar_type() == c10::CppTypeToScalarType<T>::value)
         fill(source.const_data_ptr<T>(), source.size(0), source.size(1));

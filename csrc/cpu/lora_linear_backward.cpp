@@ -17,16 +17,6 @@ namespace {
 
 constexpr int64_t kTokens = 256;  // depth of one step of a product over tokens: its operands stay in L2
 
-// Which gradients are wanted of one projection.
-struct Wants {
-  bool weight, bias, a, b;
-};
-
-struct Gradients {
-  at::Tensor x;
-  std::vector<at::Tensor> weights, biases, a, b;
-};
-
 int64_t padded_tokens(int64_t n) {  // few different depths, as for the heights of tiles
   return (n + 31) / 32 * 32;
 }
@@ -81,7 +71,7 @@ class Backward {
       Operands<T>& o = operands_[i];
       if (wants_x_) {
         o.weight = p.nf4 ? Packed<T>(p.out(), width()) : Packed<T>(p.out(), width(), x_.options());
-        if (!p.nf4) o.weight.add_rows(jobs, p.weight);
+        if (!p.nf4) o.weight.add(jobs, p.weight);
       }
       if (!has_low(i)) continue;
       o.parts = parts_of<T>(p.a);
@@ -292,8 +282,10 @@ class Backward {
       }
     }
     run(jobs);
-    for_each_task(blocks.size(),
-                  [&](int64_t, int64_t at) { weight_rows(blocks[at].first, blocks[at].second, packed); });
+    const Scratch<float> scratch(any ? kRows * width() : 0, x_.options().dtype(at::kFloat));
+    for_each_task(blocks.size(), [&](int64_t worker, int64_t at) {
+      weight_rows(blocks[at].first, blocks[at].second, packed, scratch.of(worker));
+    });
     for (size_t i = 0; i < projections_.size(); ++i)
       if (wants_[i].bias) out_.biases[i] = column_sums(operands_[i].grad, projections_[i].out());
   }
@@ -306,14 +298,18 @@ class Backward {
     for (int64_t r = 0; r < rows; ++r) std::fill(out + r * padded_ + tokens_, out + (r + 1) * padded_, T(0.0f));
   }
 
-  void weight_rows(size_t i, int64_t o, const Packed<T>& x) {
+  void weight_rows(size_t i, int64_t o, const Packed<T>& x, float* sums) {
     const int64_t rows = std::min(kRows, projections_[i].out() - o);
-    float* dweight = out_.weights[i].mutable_data_ptr<float>() + o * width();
+    const at::Tensor& dweight = out_.weights[i];
+    const bool is_float = dweight.scalar_type() == at::kFloat;
+    if (is_float) sums = dweight.mutable_data_ptr<float>() + o * width();
     const int64_t step = padded_ <= 2 * kTokens ? padded_ : kTokens;  // few tokens in one go: sums are stored once
     for (int64_t t = 0; t < padded_; t += step)
       for (int64_t p = 0; p < x.panels(); ++p)
         multiply<T>(rows, x.width(p), std::min(step, padded_ - t), padded_, data(operands_[i].grad_t, o) + t,
-                    x.panel(p) + t * kPanel, t > 0, width(), dweight + p * kPanel);
+                    x.panel(p) + t * kPanel, t > 0, width(), sums + p * kPanel);
+    if (!is_float) FASTPT_BY_ISA(store_tile<T>)
+    (rows, width(), width(), sums, nullptr, width(), dweight.mutable_data_ptr<T>() + o * width());
   }
 
   at::Tensor column_sums(const at::Tensor& grad, int64_t columns) {
@@ -364,10 +360,7 @@ LinearGradients linear_backward(at::TensorList grads, const at::Tensor& x, const
     out.b.push_back(p.rank() ? array(p.b.sizes(), wanted[i].b) : array({0}, false));
     low.push_back(xas[i].contiguous());
   }
-  if (rows.size(0) > 0)
-    by_dtype(x, [&]<typename T>() {
-      Backward<T>(rows, projections, grads, low, Dropout{dropout_p}, wants_x, wanted, out)();
-    });
+  project_backward(rows, projections, grads, low, Dropout{dropout_p}, wants_x, wanted, out);
   return {out.x, out.weights, out.biases, out.a, out.b};
 }
 
@@ -386,6 +379,14 @@ LinearGradients lora_linear_backward(at::TensorList grads, const at::Tensor& x, 
 }
 
 }  // namespace
+
+void project_backward(const at::Tensor& x, const std::vector<Projection>& projections, at::TensorList grads,
+                      const std::vector<at::Tensor>& xas, const Dropout& dropout, bool wants_x,
+                      const std::vector<Wants>& wants, Gradients& out) {
+  if (x.size(0) == 0) return;
+  by_dtype(x, [&]<typename T>() { Backward<T>(x, projections, grads, xas, dropout, wants_x, wants, out)(); });
+}
+
 }  // namespace fastpt
 
 TORCH_LIBRARY_IMPL(fastpt, CPU, m) {

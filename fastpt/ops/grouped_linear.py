@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastpt.ops._library import Cost, autocast, nbytes, register
+from fastpt.ops._library import Cost, autocast, gradient_dtype, nbytes, register
 
 
 def _groups(offsets: Tensor) -> list[tuple[int, int, int]]:
@@ -36,10 +36,13 @@ def reference(x, offsets, weight, lora_a, lora_b, scale) -> tuple[Tensor, Tensor
     return y, xa
 
 
-def reference_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants):
-    """dx, and dweight, da, db in float32; what `wants` does not name is empty, that of an expert without tokens zero."""
-    dx, dweight, da, db = found = _fake_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants)
-    groups, last = _groups(offsets), 0
+def reference_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants, in_float32=True):
+    """dx, and dweight, da, db in float32 or, rounded once, in x's dtype.
+
+    What `wants` does not name is empty, that of an expert without tokens zero.
+    """
+    dx, dweight, da, db = found = _fake_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants, in_float32)
+    groups, last, wide = _groups(offsets), 0, torch.promote_types(x.dtype, torch.float32)
     for e in set(range(len(weight))) - {e for e, *_ in groups}:
         for gradient in (gradient for gradient in found[1:] if gradient.numel() > 0):
             gradient[e] = 0
@@ -54,9 +57,9 @@ def reference_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, want
         if wants[1]:
             dweight[e] = dy.t() @ x[rows]
         if wants[2]:
-            da[e] = scale * (dxa.t() @ x[rows]).to(da.dtype)
+            da[e] = scale * (dxa.t() @ x[rows]).to(wide)
         if wants[3]:
-            db[e] = scale * (dy.t() @ xa[rows]).to(db.dtype)
+            db[e] = scale * (dy.t() @ xa[rows]).to(wide)
     dx[last:] = 0
     return found
 
@@ -66,8 +69,8 @@ def _fake(x, offsets, weight, lora_a, lora_b, scale):
     return x.new_empty(len(x), weight.shape[1]), x.new_empty(len(x), 0 if lora_a is None else lora_a.shape[1])
 
 
-def _fake_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants):
-    wide = torch.promote_types(x.dtype, torch.float32)
+def _fake_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants, in_float32=True):
+    wide = torch.promote_types(x.dtype, torch.float32) if in_float32 else x.dtype
 
     def new(wanted: bool, like: Tensor | None, dtype: torch.dtype) -> Tensor:
         return x.new_empty(like.shape if wanted and like is not None else (0,), dtype=dtype)
@@ -103,12 +106,12 @@ def _cost(x, offsets, weight, lora_a, lora_b, scale):
     )
 
 
-def _cost_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants):
+def _cost_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants, in_float32=True):
     products = (wants[0] + wants[1]) * weight[0].numel()
     if lora_a is not None:
         products += (wants[0] + wants[2]) * lora_a[0].numel()
         products += ((wants[0] or wants[2]) + wants[3]) * lora_b[0].numel()
-    written = _fake_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants)
+    written = _fake_backward(grad, x, offsets, weight, lora_a, lora_b, xa, scale, wants, in_float32)
     read = [grad, offsets]
     read += [weight] if wants[0] else []
     read += [x] if wants[1] or wants[2] else []
@@ -126,7 +129,7 @@ forward = register(
 )
 backward = register(
     "grouped_linear_backward(Tensor grad, Tensor x, Tensor offsets, Tensor weight, Tensor? lora_a, Tensor? lora_b, "
-    "Tensor xa, float scale, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor xa, float scale, bool[] wants, bool in_float32=True) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference_backward,
     fake=_fake_backward,
     cost=_cost_backward,
@@ -141,6 +144,7 @@ class _GroupedLinear(torch.autograd.Function):
         y, xa = forward(x, offsets, weight, low_a, low_b, scale)
         ctx.save_for_backward(x, offsets, weight, low_a, low_b, xa)
         ctx.scale = scale
+        ctx.in_float32 = any(gradient_dtype(t) not in (None, x.dtype) for t in (weight, lora_a, lora_b))
         return y
 
     @staticmethod
@@ -148,7 +152,7 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         needs = ctx.needs_input_grad
         wants = [needs[0], *needs[2:5]]
-        dx, *rest = backward(grad, *ctx.saved_tensors, ctx.scale, wants)
+        dx, *rest = backward(grad, *ctx.saved_tensors, ctx.scale, wants, ctx.in_float32)
         dweight, da, db = (g if wanted else None for g, wanted in zip(rest, wants[1:], strict=True))
         return dx if wants[0] else None, None, dweight, da, db, None
 
@@ -166,7 +170,7 @@ def grouped_linear(
     Shapes: x [T, D], offsets [E + 1] int32 from 0 and ascending, weight [E, O, D], lora_a [E, R, D], lora_b [E, O, R]
     -> [T, O] in x's dtype. Rows from offsets[E] on are zero. Weights and adapters may be views of any strides.
     Numerics: float32 accumulation; adapters are rounded to x's dtype, as PEFT does for expert parameters; their gradients
-    and the weight's are float32 until autograd casts them to the parameter's dtype. Deterministic, no host sync on a GPU.
+    and the weight's are sums in float32, rounded once where all of them take x's dtype. Deterministic, no host sync on a GPU.
     Raises: RuntimeError when shapes or dtypes do not fit.
     """
     x, weight = autocast(x, weight)  # type: ignore[assignment]

@@ -100,6 +100,46 @@ def test_float32_adapters_get_float32_gradients():
     assert all((grad != grad.bfloat16()).any() for grad in grads)
 
 
+@pytest.mark.parametrize("rank", [None, 5])
+def test_gradients_are_rounded_where_they_are_summed(rank):
+    """The raw backward in the dtype of bfloat16 parameters is that in float32, rounded once; an empty expert's is zero."""
+    x, offsets, weight, *low = (
+        t.detach().bfloat16() if t.is_floating_point() else t for t in make((3, 0, 70), 33, 140, rank)
+    )
+    low = low or [None, None]
+    y, xa = forward(x, offsets, weight, *low, SCALE)
+    inputs = torch.randn_like(y), x, offsets, weight, *low, xa, SCALE, [True, True, rank is not None, rank is not None]
+    exact, rounded = backward(*inputs, True), backward(*inputs, False)
+    assert all(t.dtype == torch.float32 for t in exact[1:]) and all(t.dtype == x.dtype for t in rounded)
+    for wide, narrow in zip(exact, rounded, strict=True):
+        assert torch.equal(wide.bfloat16(), narrow)
+    for narrow in rounded[1:2] if rank is None else rounded[1:]:
+        assert not narrow[1].any() and narrow[2].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [None, 5])
+def test_same_bits_on_any_number_of_threads(rank, dtype):
+    """With one expert that all threads share and others beside each other, and with all beside each other."""
+
+    def run(threads, x, offsets, weight, *low):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            y = op(x, offsets, weight, *low)
+            return y, *torch.autograd.grad(y.float().square().sum(), (x, weight, *low))
+        finally:
+            torch.set_num_threads(before)
+
+    for counts in ((3, 0, 200, 1, 50), (30, 31, 32, 29, 30)):
+        inputs = [
+            t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t for t in make(counts, 48, 80, rank)
+        ]
+        expected = run(1, *inputs)
+        for threads in (2, 3):
+            assert all(torch.equal(a, b) for a, b in zip(run(threads, *inputs), expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_routing(dtype):
     """Dispatch, two layers and combine against the loop over tokens; expert 4 is nobody's."""

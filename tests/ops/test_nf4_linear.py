@@ -122,7 +122,7 @@ def test_autocast_and_double_backward_of_the_graph():
 def test_no_weight_is_unpacked_as_a_whole(runs_on_cpu_kernels):
     if not runs_on_cpu_kernels:
         pytest.skip("a GPU dequantises a group's weights before its products")
-    width, out = 1024, 4096
+    width, out = 2048, 4096
     x, quantised, plain = make(64, width, (out,), dtype=torch.bfloat16, rank=0, bias=False)
     whole = 2 * width * out
     grad = torch.ones(64, out, dtype=torch.bfloat16)

@@ -148,7 +148,7 @@ def test_triton_launchers_take_the_schemas_arguments(op):
 @cache
 def cpp_parameters() -> dict[str, list[str]]:
     """Of each op with a C++ kernel, the names of that function's parameters."""
-    text = "\n".join(path.read_text() for path in sorted(CSRC.rglob("*.cpp")))
+    text = "\n".join(path.read_text() for path in sorted((CSRC / "cpu").rglob("*.cpp")))
     return parameters_in(text)
 
 
