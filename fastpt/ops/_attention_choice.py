@@ -4,7 +4,7 @@ what is there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -57,7 +57,9 @@ def choose(call: Call, missing: Mapping[str, str]) -> Choice:
     `missing`: why a kernel is not there, by its name; one that is not named is there.
     """
     against: list[str] = []
-    unfit = {name: partial(_unfit, limits) for name, limits in FLASH_ATTENTION.items()}
+    unfit: dict[str, Callable[[Call], str | None]] = {
+        name: partial(_unfit, limits) for name, limits in FLASH_ATTENTION.items()
+    }
     for name, why in {**unfit, TRITON: _unfit_triton, SDPA: _unfit_sdpa}.items():
         why_not = missing.get(name) or why(call)
         if why_not is None:
