@@ -138,7 +138,8 @@ class Planner:
             if is_adapter_model(live):  # it keeps the adapter that it has
                 self.method = _method_of(live)
                 live = live.get_base_model()  # type: ignore[operator]
-            self.model_config, self.cls = live.config, type(live)
+            self.cls: Any = type(live)
+            self.model_config = live.config
             self.dtype = next(live.parameters()).dtype
         else:
             self.model_config, self.cls = models.load_config(live, config.trust_remote_code), None
