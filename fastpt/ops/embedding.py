@@ -50,7 +50,7 @@ _backward = register(
     fake=lambda grad, ids, rows, padding_idx, dtype: grad.new_empty(rows, grad.shape[-1], dtype=dtype),
     cost=_cost_backward,
     triton="fastpt.kernels.embedding:backward",
-    retained=lambda grad, ids, rows, padding_idx: _kept_bytes(4 * rows * grad.shape[-1]),
+    retained=lambda grad, ids, rows, *_: _kept_bytes(4 * rows * grad.shape[-1]),
 )
 
 
