@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fastpt.memory import release_memory
 from fastpt.ops._library import Cost
 
 FLUSH_BYTES = 256 << 20  # more than the L2 of any GPU
@@ -150,16 +150,6 @@ def rows(case: Case, timings: list[Timing]) -> Iterator[dict[str, Any]]:
             "gflop_per_s": case.cost.flops / t.median_ms / 1e6,
             "speedup_of_fastpt": t.median_ms / ours.median_ms,
         }
-
-
-def release_memory() -> None:
-    """Give what the allocators hold but nobody uses back to the system."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-    if trim is not None:
-        trim(0)
 
 
 class PeakMemory:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from benchmarks import harness
 from benchmarks.classifiers import CLASSIFIERS
 from benchmarks.peers import PEERS, Job, Peer
+from fastpt.memory import release_memory
 
 ENTRIES: dict[str, type[Peer]] = {**PEERS, **CLASSIFIERS}
 
@@ -39,7 +40,7 @@ class Rounds:
         self._began = time.perf_counter()
 
     def wait(self) -> None:
-        harness.release_memory()  # what a waiting peer keeps is taken from the one that computes
+        release_memory()  # what a waiting peer keeps is taken from the one that computes
         if self._connection.recv() != "go":
             raise Finished
         self._steps, self._began = [], time.perf_counter()

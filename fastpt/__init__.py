@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastpt.errors import FastptError as FastptError
     from fastpt.fusion.fuse import explain as explain
     from fastpt.fusion.fuse import fuse as fuse
+    from fastpt.memory_plan import plan as plan
     from fastpt.run import Run as Run
     from fastpt.run import load_run as load_run
     from fastpt.trainer import train as train
@@ -22,12 +23,13 @@ _HOME = {
     "train": "fastpt.trainer",
     "fuse": "fastpt.fusion",
     "explain": "fastpt.fusion",
+    "plan": "fastpt.memory_plan",
     "Run": "fastpt.run",
     "load_run": "fastpt.run",
     "FastptError": "fastpt.errors",
 }
 
-__all__ = ["FastptError", "Run", "__version__", "explain", "fuse", "load_run", "train"]
+__all__ = ["FastptError", "Run", "__version__", "explain", "fuse", "load_run", "plan", "train"]
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""The command line: train, chat, check, merge, settings, doctor. Errors of fastpt's own are one sentence, without a traceback."""
+"""The command line: train, plan, chat, check, merge, settings, doctor. Errors of fastpt's own come without a traceback."""
 
 from __future__ import annotations
 
@@ -20,17 +20,35 @@ def train(
     ],
 ) -> None:
     """Train: `fastpt train config.toml optim.lr=1e-4`, or without a file: `fastpt train model=M data=rows.jsonl`."""
-    from fastpt import config
     from fastpt.trainer import Trainer
+
+    run = Trainer(**_settings_of(arguments)).run()
+    if run.status == "interrupted":
+        raise typer.Exit(130)
+
+
+@app.command()
+def plan(
+    arguments: Annotated[list[str], typer.Argument(metavar="[CONFIG.toml] [key=value]...", help="as for train")],
+) -> None:
+    """Say how much memory a run would take, without loading anything: `fastpt plan config.toml memory_limit=6GiB`."""
+    from fastpt.memory_plan import plan
+
+    found = plan(**_settings_of(arguments))
+    print(found)
+    raise typer.Exit(0 if found.fits else 1)
+
+
+def _settings_of(arguments: list[str]) -> dict:
+    """A config file, where the first argument is none of the overrides, and the overrides."""
+    from fastpt import config
 
     settings: dict = {}
     if "=" not in arguments[0]:
         settings = config.read_file(arguments.pop(0))
     for key, value in map(config.parse_override, arguments):
         settings = config.merge(settings, {key: value})
-    run = Trainer(**settings).run()
-    if run.status == "interrupted":
-        raise typer.Exit(130)
+    return settings
 
 
 @app.command()

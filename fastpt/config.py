@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from fastpt.errors import ConfigError
 
@@ -180,7 +181,14 @@ class Config(Node):
     )
 
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
-    gradient_checkpointing: bool = False
+    activations: Literal["keep", "recompute", "offload"] = Field(
+        "keep",
+        description="what blocks save for backward: kept, computed again, or moved away (GPU: pinned memory, CPU: a file)",
+    )
+    memory_limit: int | None = Field(
+        None,
+        description='such as "6GiB": micro_batch_tokens, activations and optim.rounding, unless given, are made to fit',
+    )
 
     logging_steps: int = Field(1, ge=1)
     eval_steps: int | None = Field(
@@ -201,6 +209,11 @@ class Config(Node):
     )
     quiet: bool = Field(False, description="no progress on the console")
 
+    @field_validator("memory_limit", mode="before")
+    @classmethod
+    def _in_bytes(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _settle(self) -> Config:
         if self.data.streaming and self.max_steps is None:
@@ -208,6 +221,14 @@ class Config(Node):
         if self.method.name == "freeze" and not self.method.train:
             raise ValueError('method "freeze" needs method.train, regexes of the parameters to train')
         return self
+
+
+def parse_bytes(text: str) -> int:
+    """6442450944 of "6GiB"; the units are B, KB, MB, GB, TB and KiB, MiB, GiB, TiB."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if found is None or found[1].count(".") > 1:
+        raise ValueError('give bytes, such as 6442450944 or "6GiB"')
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
 
 
 def build(tree: dict[str, Any]) -> Config:

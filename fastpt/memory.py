@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -18,11 +20,36 @@ def resident_bytes() -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory used so far: CUDA allocations on a GPU, resident memory on the CPU."""
+    """Most memory used so far, or since forget_peak(): CUDA allocations on a GPU, resident memory on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next((1024 * int(line.split()[1]) for line in status.open() if line.startswith("VmHWM:")), 0)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak(device: torch.device) -> bool:
+    """Start anew what peak_bytes tells; false where the system keeps it for the process's whole life."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def release_memory() -> None:
+    """Give what the allocators hold but nobody uses back to the system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -30,3 +57,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def gib(count: int | float) -> str:
+    """Bytes for people: 1.25 GiB, 37.2 MiB."""
+    return f"{count / 2**30:.2f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.1f} MiB"

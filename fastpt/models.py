@@ -127,6 +127,20 @@ def load(
     return Loaded(model.to(device), found, str(place))
 
 
+def load_config(spec: Any, trust_remote_code: bool = False) -> Any:
+    """The config alone of what `load` would load."""
+    from transformers import AutoConfig
+
+    place = resolve(spec)
+    if isinstance(place, Path) and (place / "adapter_config.json").is_file():
+        place = _base_of(place)
+    gguf = _gguf_in(place)
+    with _explained(f"model {place}"):
+        if gguf is not None:
+            return AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        return AutoConfig.from_pretrained(str(place), trust_remote_code=trust_remote_code)
+
+
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     """The model with a trainable PEFT adapter read from safetensors."""
     from peft import PeftModel

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastpt.checkpoint import newest
 from fastpt.config import Config, DataConfig
 from fastpt.data.batches import StreamPlanner
@@ -14,9 +16,9 @@ from fastpt.data.render import ensure_chat_template, tokenizer_fingerprint
 from fastpt.data.sources import StreamedRows, load_rows
 from fastpt.data.tokenised import Tokenised, tokenise
 from fastpt.errors import ConfigError
+from fastpt.memory import forget_peak, gib, peak_bytes, release_memory, resident_bytes
+from fastpt.memory_plan import DEFAULT_MAX_LENGTH, Plan, Planner
 from fastpt.objectives.base import Objective, Prepare
-
-DEFAULT_MAX_LENGTH = 2048
 
 
 def settle_output(config: Config, say: Callable[[str], None]) -> Path:
@@ -44,6 +46,47 @@ def settle_max_length(config: Config, model: Any, say: Callable[[str], None]) ->
     if limit is not None and config.max_length > limit:
         say(f"max_length: {config.max_length} is more than the {limit} positions that the model was trained with")
     return config.max_length
+
+
+def settle_memory(
+    config: Config, model: Any, max_length: int, device: torch.device, say: Callable[[str], None]
+) -> tuple[Config, MemoryWatch]:
+    """With a memory_limit: the settings that fit it, and what tells afterwards how well that was foreseen."""
+    if config.memory_limit is None:
+        return config, MemoryWatch(None, device)
+    plan = Planner(config, model, max_length).fitting(config.memory_limit)
+    say(f"memory plan\n{plan}")
+    optim = config.optim.model_copy(update={"rounding": plan.rounding})
+    chosen = {"micro_batch_tokens": plan.tokens, "activations": plan.policy, "optim": optim}
+    return config.model_copy(update=chosen), MemoryWatch(plan, device)
+
+
+class MemoryWatch:
+    """The peak of a run's steps, against what its plan said."""
+
+    def __init__(self, plan: Plan | None, device: torch.device):
+        self.plan, self.device, self.peak = plan, device, 0
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.plan is not None:
+            release_memory()  # what loading let go and malloc keeps would count as taken before, and be used by the steps
+        states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        self.is_new, self.begun_at = forget_peak(self.device), resident_bytes() - sum(t.nbytes for t in states)
+
+    def after_step(self) -> int:
+        if self.peak == 0 and self.device.type == "cpu":
+            release_memory()  # the first step leaves compiled kernels among its activations, and holes that do not fit again
+        self.peak = peak_bytes(self.device)
+        return self.peak
+
+    def tell(self, metrics: dict[str, Any], say: Callable[[str], None]) -> None:
+        """Predicted and measured, both without what the process took before the model; nothing where the system cannot say."""
+        metrics["peak_bytes"] = peak_bytes(self.device)
+        if self.plan is None or not self.is_new or not self.peak:
+            return
+        before = 0 if self.device.type == "cuda" else self.begun_at - self.plan.weights - self.plan.adapters
+        metrics |= {"predicted_peak_bytes": self.plan.peak, "measured_peak_bytes": self.peak - before}
+        say(f"peak memory: predicted {gib(self.plan.peak)}, measured {gib(self.peak - before)}")
 
 
 def read_rows(data: DataConfig) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastpt import checkpoint, models, ops
+from fastpt.activations import Offload, set_policy
 from fastpt.adapters import apply_method, count_parameters
 from fastpt.config import Config, build, to_json
 from fastpt.console import Console
@@ -30,7 +31,7 @@ from fastpt.memory import is_out_of_memory, peak_bytes
 from fastpt.objectives import make_objective
 from fastpt.optim import StepInBackward, clipped_step, make_optimizer, weights_for
 from fastpt.optim.schedule import lr_scale
-from fastpt.preparation import examples_of, make_feed, read_rows, settle_max_length, settle_output
+from fastpt.preparation import examples_of, make_feed, read_rows, settle_max_length, settle_memory, settle_output
 from fastpt.records import History
 from fastpt.run import Run, environment
 from fastpt.scorer import ModelScorer
@@ -82,8 +83,7 @@ class Trainer:
         self.step = self.start_step = 0
         self.best: dict[str, Any] | None = None
         self.totals = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped_steps": 0}
-        self.status = "finished"
-        self.started = time.time()
+        self.status, self.started = "finished", time.time()
 
     # ---- set-up -----------------------------------------------------------------------------------------------------
 
@@ -107,15 +107,16 @@ class Trainer:
         )
         self.tokenizer, self.source = loaded.tokenizer, loaded.source
         self.max_length = settle_max_length(config, loaded.model, self.console.say)
+        config, self.watch = settle_memory(config, loaded.model, self.max_length, self.device, self.console.say)
+        self.config = config
         torch.manual_seed(config.seed)  # the adapter's initial values do not depend on what loading drew
         self.model = apply_method(loaded.model, config.method)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in self.parameters:
             if parameter.dtype != torch.float32:
                 parameter.grad_dtype = torch.float32  # gradients add up over micro-batches in float32
         self.handle = fuse(self.model)
+        set_policy(self.model, config.activations, offload=Offload(self.output))
         self.scorer = ModelScorer(self.model)
         self.optimizer = make_optimizer(self.model, config)
         self.in_backward = StepInBackward(self.optimizer) if config.optim.in_backward else None
@@ -166,6 +167,7 @@ class Trainer:
             listener(self)
         self.model.train()
         weights_for(self.optimizer, "train")
+        self.watch.begin(self.optimizer)
         with stop_on_signals() as stop:
             while self.step < self.total_steps and not stop:
                 micro = next(self._steps)
@@ -187,7 +189,7 @@ class Trainer:
             raise TrainingError(
                 f"out of memory at step {self.step + 1} with micro-batches of up to {self.micro_tokens} tokens "
                 f"(peak {peak_bytes(self.device) / 2**30:.1f} GiB): lower micro_batch_tokens (the result stays the same), set "
-                "gradient_checkpointing=true, or lower max_length; checkpoints so far are kept"
+                'activations="recompute", or lower max_length; checkpoints so far are kept'
             ) from error
 
     def _train_step(self, micro: Step) -> dict[str, Any]:
@@ -238,7 +240,7 @@ class Trainer:
         self.totals["seconds"] += seconds
         record |= dict(zip(sums, totals, strict=True))
         rate = {"tokens": tokens, "trained_tokens": round(count), "tokens_per_s": tokens / seconds, "step_s": seconds}
-        return record | rate | {"peak_bytes": peak_bytes(self.device)}
+        return record | rate | {"peak_bytes": self.watch.after_step()}
 
     def _set_lr(self) -> float:
         scale = lr_scale(self.config.optim, self.step, self.total_steps)
@@ -367,7 +369,7 @@ class Trainer:
         weights_for(self.optimizer, "eval")
         seconds = max(self.totals["seconds"], 1e-9)
         self.metrics |= {**self.totals, "steps": self.step, "tokens_per_s": self.totals["tokens"] / seconds}
-        self.metrics["peak_bytes"] = peak_bytes(self.device)
+        self.watch.tell(self.metrics, self.console.say)
         run = Run(
             path=self.output, model=self.model, tokenizer=self.tokenizer, metrics=self.metrics, history=self.history,
             status=self.status, handle=self.handle, best=self.best,

@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"cli", "__main__", "chat", "doctor"},
     {"trainer"},
-    {"run", "preparation", "scorer", "forensics"},
+    {"run", "preparation", "memory_plan", "scorer", "forensics"},
     {"objectives"},
-    {"data", "fusion", "checkpoint", "adapters", "optim", "models", "nf4_loading", "generate"},
-    {"memory", "report", "console", "trackers", "records", "interrupt", "config", "nf4"},
+    {"data", "fusion", "checkpoint", "adapters", "optim", "models", "nf4_loading", "generate", "skeleton"},
+    {"activations", "memory", "tracing", "report", "console", "trackers", "records", "interrupt", "config", "nf4"},
     {"ops"},
     {"kernels"},
     {"errors"},

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.evidence.machine_code.nothing_computed import NothingComputed
-from benchmarks.evidence.traffic.memory import LiveMemory
 from benchmarks.evidence.traffic.torch_ops import TorchOps
+from fastpt.config import MethodConfig
 from fastpt.ops._library import OPS
+from fastpt.skeleton import skeleton
+from fastpt.tracing import LiveMemory, NothingComputed
 
 NF4_BYTES = 0.5 + 4 / 64  # a weight: half a byte, and one float32 scale for 64 of them
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -86,34 +87,12 @@ def config_of(name: str, layers: int) -> Any:
 
 
 def build(name: str, layers: int, *, is_lora: bool, is_fused: bool) -> nn.Module:
-    """The model with `layers` layers in bf16: small numbers in the layers, which fusing probes, untouched zeros elsewhere."""
-    import transformers
-
-    config = config_of(name, layers)
-    with torch.device("meta"):
-        model = getattr(transformers, f"{MODELS[name][0]}ForCausalLM")(config).bfloat16()
-    model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its tables are not weights
-    pattern = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for name, parameter in model.named_parameters():
-        parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype)
-        if "layers." in name or name.endswith("norm.weight"):
-            for part in parameter.data.view(-1).split(pattern.numel()):
-                part.copy_(pattern[: part.numel()])
-    model.tie_weights()
-    if is_lora:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
-    model.train()
-    if is_fused:
-        import fastpt
-
-        fastpt.fuse(model)
+    """The model with `layers` layers in bf16, its weights nothing that was ever drawn."""
+    method = MethodConfig(name="lora" if is_lora else "full")
+    model = skeleton(config_of(name, layers), method, torch.bfloat16, is_fused=is_fused)
+    for parameter in model.parameters():
+        if is_lora and parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
     return model
 
 

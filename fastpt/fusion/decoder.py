@@ -63,6 +63,7 @@ class Call(NamedTuple):
     head_dim: int
     cache: Any = None
     layer_idx: int = 0
+    recomputes: bool = False
 
     @property
     def attention(self) -> Attention:
@@ -105,33 +106,30 @@ class SavedMLP(NamedTuple):
     down: tuple[Tensor, ...]  # as output
 
 
-def decoder_block(hidden: Tensor, block: Block) -> Tensor:
-    """hidden [B, S, D] through the three pieces."""
+def decoder_block(hidden: Tensor, block: Block, *, recomputes: bool = False) -> Tensor:
+    """hidden [B, S, D] through the three pieces; `recomputes`: only hidden is saved, the rest is formed again in backward."""
     shape = hidden.shape
     cos, sin = (table.expand(*shape[:2], -1).reshape(-1, table.shape[-1]) for table in (block.cos, block.sin))
     leaves, spec = tree_flatten((block.qkv, block.mlp))
-    return _DecoderBlock.apply(hidden.reshape(-1, shape[-1]), cos, sin, block.call, spec, *leaves).view(shape)
+    call = block.call._replace(recomputes=recomputes)
+    return _DecoderBlock.apply(hidden.reshape(-1, shape[-1]), cos, sin, call, spec, *leaves).view(shape)
 
 
 class _DecoderBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, call, spec, *leaves):
-        qkv, mlp = tree_unflatten(leaves, spec)
-        q, k, v, rstd, low, unnormed = norm_qkv_rope(x, cos, sin, qkv, call)
-        if call.cache is not None:  # a prefill: the layout says that these are all the keys there are
-            shape = (call.layout.batch, call.layout.length)
-            call.cache.update(*(t.unflatten(0, shape).transpose(1, 2) for t in (k, v)), call.layer_idx)
-        attended, heads = call.attention.forward(q, k, v)
-        rows = zip(attended.flatten(1).split(ROWS), x.split(ROWS), strict=True)
-        outs, third = zip(*(output_norm_mlp(some, residual, mlp) for some, residual in rows), strict=True)
-        keep(ctx, Saved(x, rstd, low, unnormed, heads, cos, sin, list(third)), leaves, spec)
-        ctx.call = call._replace(cache=None)
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        out, saved = _forward(x, cos, sin, call, *tree_unflatten(leaves, spec))
+        keep(ctx, (x, cos, sin) if call.recomputes else saved, leaves, spec)
+        ctx.call, ctx.products = call._replace(cache=None), product_dtype(x.dtype, x.device)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         saved, (qkv, mlp), wants = kept(ctx)
+        if ctx.call.recomputes:
+            with torch.autocast(grad.device.type, ctx.products, enabled=ctx.products != saved[0].dtype):
+                saved = _forward(*saved, ctx.call, qkv, mlp, wants_out=False)[1]
         wants_x, wants_mlp = ctx.needs_input_grad[0], wants[1] if len(saved.mlp) == 1 else _widened(wants[1])
         attended = ctx.call.attention.again(saved.attention, len(grad)).flatten(1)
         rows = zip(grad.split(ROWS), attended.split(ROWS), saved.mlp, strict=True)
@@ -139,6 +137,20 @@ class _DecoderBlock(torch.autograd.Function):
         dq, dk, dv = ctx.call.attention.backward(dattended.unflatten(1, (-1, ctx.call.head_dim)), saved.attention)
         dx, dqkv = norm_qkv_rope_backward(dq, dk, dv, dx.to(saved.x.dtype), qkv, saved, wants[0])
         return dx if wants_x else None, None, None, None, None, *tree_flatten((dqkv, dmlp))[0]
+
+
+def _forward(
+    x: Tensor, cos: Tensor, sin: Tensor, call: Call, qkv: QKV, mlp: OutputMLP, *, wants_out: bool = True
+) -> tuple[Tensor, Saved]:
+    """The block's output (empty when not wanted: a product less) and what to save."""
+    q, k, v, rstd, low, unnormed = norm_qkv_rope(x, cos, sin, qkv, call)
+    if call.cache is not None:  # a prefill: the layout says that these are all the keys there are
+        shape = (call.layout.batch, call.layout.length)
+        call.cache.update(*(t.unflatten(0, shape).transpose(1, 2) for t in (k, v)), call.layer_idx)
+    attended, heads = call.attention.forward(q, k, v)
+    rows = zip(attended.flatten(1).split(ROWS), x.split(ROWS), strict=True)
+    outs, third = zip(*(output_norm_mlp(some, residual, mlp, wants_out) for some, residual in rows), strict=True)
+    return outs[0] if len(outs) == 1 else torch.cat(outs), Saved(x, rstd, low, unnormed, heads, cos, sin, list(third))
 
 
 def norm_qkv_rope(
@@ -179,12 +191,16 @@ def norm_qkv_rope_backward(
     return dx, QKV(norm, projections, q_norm, k_norm)
 
 
-def output_norm_mlp(attended: Tensor, residual: Tensor, w: OutputMLP) -> tuple[Tensor, SavedMLP]:
-    """attended [T, H * K], residual [T, D] -> the block's output [T, D], and what to save."""
+def output_norm_mlp(
+    attended: Tensor, residual: Tensor, w: OutputMLP, wants_out: bool = True
+) -> tuple[Tensor, SavedMLP]:
+    """attended [T, H * K], residual [T, D] -> the block's output [T, D] (or none), and what to save."""
     (y,), output_low = w.output.forward(attended)
     y, output = _normed(y, w.after_attention)
     normed, s, s_rstd = w.norm.add_forward(y, residual)
     inner, gate_up, gate_up_low = w.gate_up.gated_forward(normed.to(attended.dtype), w.activation)
+    if not wants_out and w.after_mlp is None:
+        return s[:0], SavedMLP(output_low, output, s, s_rstd, gate_up, gate_up_low, w.down.low(inner), ())
     (y,), down_low = w.down.forward(inner)
     y, down = _normed(y, w.after_mlp)
     return s + y, SavedMLP(output_low, output, s, s_rstd, gate_up, gate_up_low, down_low, down)

@@ -177,7 +177,9 @@ def _block_forward(recipe: Recipe, patch: Patch) -> Any:
             return patch.below(self, hidden_states, *args, **kwargs)
         patch.fallback = None
         if is_checkpointing(self) and CHECKPOINTS_FORWARD:
-            return self._gradient_checkpointing_func(partial(decoder_block, block=block), hidden_states)
+            through = partial(decoder_block, block=block)
+            through.recomputed = partial(through, recomputes=True)  # type: ignore[attr-defined]
+            return self._gradient_checkpointing_func(through, hidden_states)
         return decoder_block(hidden_states, block)
 
     return forward

@@ -75,6 +75,13 @@ class Linears(NamedTuple):
         outputs, low = self.forward(x)
         return activation.forward(*gate_and_up(outputs)), outputs, low
 
+    def low(self, x: Tensor) -> list[Tensor]:
+        """The low-rank hiddens alone."""
+        none = x.new_empty(0, x.shape[-1])
+        without = [layer._replace(weight=none, bias=None) for layer in self.layers]
+        layers = [one if one.lora_b is None else one._replace(lora_b=one.lora_b[:0]) for one in without]
+        return Linears(tuple(layers), self.dropout_p, self.seeds).forward(x)[1]
+
     def backward(
         self, grads: Sequence[Tensor], x: Tensor, low: Sequence[Tensor], wants: Linears, wants_x: bool = True
     ) -> tuple[Tensor, Linears]:

@@ -59,6 +59,8 @@ class Op:
     cost: Callable[..., Cost]
     triton: Callable[..., Any] | None
     triton_launcher: str | None  # "module:function"
+    workspace: Callable[..., int] | None
+    retained: Callable[..., int] | None
 
 
 OPS: dict[str, Op] = {}
@@ -66,14 +68,23 @@ SERVED_BY_TRITON: set[str] = set()  # on CUDA
 
 
 def register(
-    schema: str, *, reference: Callable, fake: Callable, cost: Callable[..., Cost], triton: str | None = None
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    cost: Callable[..., Cost],
+    triton: str | None = None,
+    workspace: Callable[..., int] | None = None,
+    retained: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
     """Define `fastpt::<name>` from its schema and return the overload to call.
 
     `reference` serves every device that has no kernel of its own. A C++ kernel claims the CPU or CUDA by
     TORCH_LIBRARY_IMPL(fastpt, CPU, m). `triton` is "module:function", imported on its first call with CUDA tensors; where
     CUDA C++ was built and has the op, it serves it instead.
-    `fake` and `cost` take the op's arguments; `fake` returns empty outputs, `cost` a `Cost`.
+    `fake`, `cost` and `workspace` take the op's arguments; `fake` returns empty outputs, `cost` a `Cost`, `workspace` the
+    bytes that the C++ kernel needs for a moment beyond inputs and outputs (None: next to nothing), `retained` those of its
+    outputs that it keeps for its next call.
     """
     name = LIBRARY.define(schema).split("::")[-1]
     LIBRARY.impl(name, _past_autocast(reference), "CompositeExplicitAutograd")
@@ -83,7 +94,7 @@ def register(
         LIBRARY.impl(name, kernel, "CUDA")
         SERVED_BY_TRITON.add(name)
     overload = getattr(torch.ops.fastpt, name).default
-    OPS[name] = Op(name, overload, reference, cost, kernel, triton)
+    OPS[name] = Op(name, overload, reference, cost, kernel, triton, workspace, retained)
     return overload
 
 

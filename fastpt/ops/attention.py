@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastpt.ops import _workspace
 from fastpt.ops._dropout import drawn_seed, factors
 from fastpt.ops._library import Cost, nbytes, register
 
@@ -176,6 +177,7 @@ _forward = register(
     fake=_empty_outputs,
     cost=_cost,
     triton="fastpt.ops._attention_gpu:forward",
+    workspace=_workspace.attention,
 )
 _backward = register(
     f"attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
@@ -184,6 +186,7 @@ _backward = register(
     fake=lambda grad, q, k, v, *_: _empty_gradients(q, k, v),
     cost=_cost_backward,
     triton="fastpt.ops._attention_gpu:backward",
+    workspace=_workspace.attention_backward,
 )
 
 # With dropout of the weights. Ops of their own: encoders use them in training, on short sequences, and their CPU kernel is

@@ -37,12 +37,20 @@ _forward = register(
     fake=lambda ids, weight: weight.new_empty(*ids.shape, weight.shape[1]),
     cost=_cost,
 )
+
+
+def _kept_bytes(gradient: int) -> int:
+    """Of a large gradient that was let go, what embedding.cpp keeps for the next (kLarge there)."""
+    return gradient if gradient >= 1 << 25 else 0
+
+
 _backward = register(
     "embedding_backward(Tensor grad, Tensor ids, int rows, int padding_idx, ScalarType dtype) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, ids, rows, padding_idx, dtype: grad.new_empty(rows, grad.shape[-1], dtype=dtype),
     cost=_cost_backward,
     triton="fastpt.kernels.embedding:backward",
+    retained=lambda grad, ids, rows, *_: _kept_bytes(4 * rows * grad.shape[-1]),
 )
 
 

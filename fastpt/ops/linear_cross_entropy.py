@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastpt.ops import _workspace
 from fastpt.ops._head import SCHEMA, Head, check_head, cost, empty_grads, kept_rows, low_rank_hidden
 from fastpt.ops._library import Cost, autocast, nbytes, register
 from fastpt.ops.token_stats import all_stats, row_statistics
@@ -77,6 +78,7 @@ _forward = register(
     fake=_fake,
     cost=_cost,
     triton="fastpt.kernels.linear_cross_entropy:forward",
+    workspace=_workspace.linear_cross_entropy,
 )
 _scale = register(  # in place, as a trained head's gradient is as large as the head; a factor of 1 costs a GPU nothing
     "linear_cross_entropy_scale(Tensor(a!) gradient, Tensor factor) -> ()",

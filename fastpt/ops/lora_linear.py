@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpt.ops import _workspace
 from fastpt.ops._dropout import factors
 from fastpt.ops._library import Cost, autocast, gradient_dtype, nbytes, register
 from fastpt.ops.dora_norm import dora_norm
@@ -149,6 +150,7 @@ forward = register(
     fake=_fake,
     cost=_cost,
     triton="fastpt.kernels.lora_linear:forward",
+    workspace=_workspace.lora_linear,
 )
 backward = register(
     "lora_linear_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor?[] lora_a, Tensor?[] lora_b, Tensor[] xas, "
@@ -158,6 +160,7 @@ backward = register(
     fake=_fake_backward,
     cost=_cost_backward,
     triton="fastpt.kernels.lora_linear:backward",
+    workspace=_workspace.lora_linear_backward,
 )
 
 
@@ -168,6 +171,7 @@ forward_swiglu = register(
     fake=_fake_swiglu,
     cost=_cost_swiglu,
     triton="fastpt.kernels.lora_linear:swiglu_forward",
+    workspace=_workspace.lora_swiglu,
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpt.ops import _workspace
 from fastpt.ops._library import Cost, gradient_dtype, nbytes, register
 
 
@@ -99,6 +100,7 @@ _backward = register(
         9 * x.numel(),
     ),
     triton="fastpt.kernels.rms_norm:backward",
+    workspace=_workspace.rms_norm_backward,
 )
 
 

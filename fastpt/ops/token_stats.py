@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpt.ops import _workspace
 from fastpt.ops._head import SCHEMA, Head, check_head, cost, empty_grads, kept_rows, low_rank_hidden
 from fastpt.ops._library import autocast, register
 
@@ -96,6 +97,7 @@ _forward = register(
     fake=_fake,
     cost=_cost,
     triton="fastpt.kernels.token_stats:forward",
+    workspace=_workspace.token_stats,
 )
 _backward = register(
     "token_stats_backward(Tensor dlogprob, Tensor dentropy, Tensor dlogsumexp, Tensor dmean_logit, Tensor entropy, "
@@ -104,6 +106,7 @@ _backward = register(
     fake=_fake_backward,
     cost=_cost_backward,
     triton="fastpt.kernels.token_stats:backward",
+    workspace=_workspace.token_stats_backward,
 )
 
 

@@ -38,11 +38,13 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
                 'set precision="fp32", or take "adamw" or "adamw_8bit"'
             )
         return OTHERS[optim.name](groups, peak_lr(config), optim)
-    return AdamW(
+    made = AdamW(
         groups, lr=peak_lr(config), betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay,
         rounding_seed=config.seed if optim.rounding == "stochastic" else None,
         bits=8 if optim.name == "adamw_8bit" else 32,
     )  # fmt: skip
+    made.allocate()
+    return made
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, scale: float, grad_norm: float, clip: float | None) -> None:

@@ -41,6 +41,12 @@ class AdamW(torch.optim.Optimizer):
         self.bits = bits
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
+    def allocate(self) -> None:
+        """Make the whole state now: what is made during the first step lies among its activations, in a heap full of holes."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._state_of(parameter)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state with its own dtypes (the base class would cast the moments to the parameter's).
 
@@ -115,6 +121,7 @@ class AdamW(torch.optim.Optimizer):
             seed=None if self.rounding_seed is None or masters else self.rounding_seed + seed,
         )
 
+    @torch.no_grad()
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:

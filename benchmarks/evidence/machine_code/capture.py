@@ -27,8 +27,8 @@ from triton.runtime import driver
 
 from benchmarks.evidence.machine_code.architectures import ARCHITECTURES, occupancy
 from benchmarks.evidence.machine_code.driver import NamedDriver
-from benchmarks.evidence.machine_code.nothing_computed import NothingComputed
 from benchmarks.evidence.machine_code.sass import Code, parse
+from fastpt.tracing import NothingComputed
 
 Grid = tuple[int, int, int]
 # A load of the program's, into registers or into shared memory: its shape ("4x1024x", none for one element), bits of an element.

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from benchmarks.evidence import interpreter
 from benchmarks.evidence.traffic import hooks
-from benchmarks.evidence.traffic.memory import LiveMemory
 from benchmarks.evidence.traffic.torch_ops import TorchOps
 from benchmarks.evidence.traffic.touches import Storage, storages_of, touch
+from fastpt.tracing import LiveMemory
 
 
 def nbytes(*tensors: Tensor | None) -> int:
