@@ -76,7 +76,9 @@ def test_the_plan_of_a_skeleton_is_that_of_the_model(method, policy):
             make_objective(config.objective).loss(ModelScorer(model), batch_of(80, 40, 272))[0].backward()
             optimizer.zero_grad()
     real = found.optimizer + trace.peak.total
-    assert abs(real - (found.peak - found.weights - found.adapters)) <= 0.02 * real  # scalars count in a model this small
+    assert (
+        abs(real - (found.peak - found.weights - found.adapters)) <= 0.02 * real
+    )  # scalars count in a model this small
 
 
 WORKSPACES = """

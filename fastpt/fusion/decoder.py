@@ -128,8 +128,9 @@ class _DecoderBlock(torch.autograd.Function):
     def backward(ctx, grad):
         saved, (qkv, mlp), wants = kept(ctx)
         if ctx.call.recomputes:
-            with torch.autocast(grad.device.type, ctx.products, enabled=ctx.products != saved[0].dtype):
-                saved = _forward(*saved, ctx.call, qkv, mlp, wants_out=False)[1]
+            x, cos, sin = saved
+            with torch.autocast(grad.device.type, ctx.products, enabled=ctx.products != x.dtype):
+                saved = _forward(x, cos, sin, ctx.call, qkv, mlp, wants_out=False)[1]
         wants_x, wants_mlp = ctx.needs_input_grad[0], wants[1] if len(saved.mlp) == 1 else _widened(wants[1])
         attended = ctx.call.attention.again(saved.attention, len(grad)).flatten(1)
         rows = zip(grad.split(ROWS), attended.split(ROWS), saved.mlp, strict=True)
