@@ -101,7 +101,7 @@ CASES = {
     "swiglu": lambda: (ops.swiglu, lambda g, u: F.silu(g) * u, activation()),
     "token_stats": lambda: head_case(stats, test_token_stats.eager),
 }  # fmt: skip
-# Their own tests hold them to equal bits at 1, 2 and 3 threads: most have no gradients, cross_entropy_and_gradient writes its own.
+# Their own tests hold them to equal bits at 1, 2 and 3 threads; most have no gradients.
 ELSEWHERE = {"adamw", "grad_norm", "decode_block", "decode_logits", "cross_entropy_and_gradient", "Layer", "TokenStats"}
 ELSEWHERE |= {"NF4Weight", "nf4_quantize", "nf4_dequantize", "nf4_linear", "adamw_8bit", "dora_norm", "grouped_linear"}
 
