@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(SOURCES) | $(VENV)/bin/pytho
 $(MODEL)/config.json: | $(STAMP)
 	$(PYTHON) examples/get_smollm2.py $(MODEL)
 
-demo: $(STAMP) $(if $(FASTPT_MODEL),,$(MODEL)/config.json) ## fine-tune a real model on the bundled task (12 minutes on 2 cores, all included)
+demo: $(STAMP) $(if $(FASTPT_MODEL),,$(MODEL)/config.json) ## fine-tune a real model on the bundled task (5 minutes on 2 cores, all included)
 	$(PYTHON) examples/support_tickets/demo.py --model $(or $(FASTPT_MODEL),$(MODEL))
 
 test: $(STAMP) ## all tests
