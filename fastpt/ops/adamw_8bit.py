@@ -24,9 +24,9 @@ def dynamic_map(is_signed: bool) -> Tensor:
     Seven decades below 1, of 1, 2, 4, ... 64 evenly spaced values each with either sign, or of 2, 4, ... 128 without;
     0 and 1. To the bit what bitsandbytes' create_dynamic_map gives.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, (1 if is_signed else 2) * 2**decade + 1)
+        edges = torch.linspace(0.1, 1, (1 if is_signed else 2) * 2**decade + 1, dtype=torch.float32)
         positive = 10 ** (decade - 6) * (edges[:-1] + edges[1:]) / 2.0
         values += [positive, -positive] if is_signed else [positive]
     return torch.cat(values).sort().values

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastpt.ops._library import Cost, nbytes, register
+from fastpt.ops.adamw_8bit import dynamic_map
 
 BLOCK = 64
 SCALE_BLOCK = 256
@@ -36,20 +37,7 @@ def _code() -> Tensor:
     return values.sort().values / values.max()
 
 
-def _scale_map() -> Tensor:
-    """The signed 8-bit dynamic map: a run of zeros is the decimal exponent, the bits after it a linear fraction; float32 [256].
-
-    Source: Dettmers 2015, https://arxiv.org/abs/1511.04561.
-    """
-    values = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        means = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(values, dtype=torch.float32).sort().values
-
-
-CODE, SCALE_MAP = _code(), _scale_map()
+CODE, SCALE_MAP = _code(), dynamic_map(is_signed=True)
 
 
 def reference(weight: Tensor, scales_map: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
