@@ -19,7 +19,7 @@ namespace fastpt {
 Update adamw_update(const AdamW& c, const at::Tensor& param, const at::Tensor& grad, const at::Tensor& exp_avg,
                     const at::Tensor& exp_avg_sq, const at::Tensor* master, const RandomStream* stream) {
   Update update;
-  if (stream != nullptr && param.scalar_type() == at::kBFloat16) {
+  if (stream != nullptr) {
     by_dtype(grad, [&]<typename G>() {
       update = [c, kernel = FASTPT_BY_ISA(adamw_stochastic_block<G>), stream = *stream, grad,
                 p = param.mutable_data_ptr<c10::BFloat16>(), g = grad.const_data_ptr<G>(),
@@ -49,19 +49,6 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-bool is_plain_float(const Tensor& state) {
-  return state.is_contiguous() && state.scalar_type() == at::kFloat;
-}
-
-bool all_native(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList masters) {
-  for (size_t i = 0; i < params.size(); ++i) {
-    if (!is_native(params[i]) || !params[i].is_contiguous() || !is_native(grads[i])) return false;
-    if (!is_plain_float(exp_avgs[i]) || !is_plain_float(exp_avg_sqs[i])) return false;
-    if (!masters.empty() && !is_plain_float(masters[i])) return false;
-  }
-  return true;
-}
-
 void adamw_step(TensorList params, TensorList grads, TensorList exp_avgs, TensorList exp_avg_sqs, TensorList steps,
                 TensorList masters, const std::optional<Tensor>& grad_scale, double lr, double beta1, double beta2,
                 double eps, double weight_decay, std::optional<int64_t> seed) {
@@ -69,22 +56,17 @@ void adamw_step(TensorList params, TensorList grads, TensorList exp_avgs, Tensor
       reference_of<void(TensorList, TensorList, TensorList, TensorList, TensorList, TensorList,
                         const std::optional<Tensor>&, double, double, double, double, double, std::optional<int64_t>)>(
           "fastpt::adamw_step");
-  check_lists("adamw", {params, grads, exp_avgs, exp_avg_sqs, {}, {}, steps, masters});
-  if (!all_native(params, grads, exp_avgs, exp_avg_sqs, masters)) {
+  const AdamWLists all{params, grads, exp_avgs, exp_avg_sqs, {}, {}, steps, masters};
+  check_lists("adamw", all);
+  if (!all_native(all)) {
     reference(params, grads, exp_avgs, exp_avg_sqs, steps, masters, grad_scale, lr, beta1, beta2, eps, weight_decay,
               seed);
     return;
   }
-  const float scale = grad_scale ? grad_scale->item().toFloat() : 1.0f;
-  std::vector<Update> updates;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const double t = *steps[i].mutable_data_ptr<float>() += 1;
-    const AdamW c = adamw_of(scale, lr, beta1, beta2, eps, weight_decay, t);
-    const RandomStream stream = random_stream(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint64_t>(t), i);
-    updates.push_back(adamw_update(c, params[i], grads[i].contiguous(), exp_avgs[i], exp_avg_sqs[i],
-                                   masters.empty() ? nullptr : &masters[i], seed ? &stream : nullptr));
-  }
-  run_updates(updates, params);
+  step_all(all, grad_scale, lr, beta1, beta2, eps, weight_decay, seed,
+           [&](const AdamW& c, size_t i, const Tensor& grad, const RandomStream* stream) {
+             return adamw_update(c, params[i], grad, exp_avgs[i], exp_avg_sqs[i], all.master(i), stream);
+           });
 }
 
 // Every block has its own partial sum and they are added in order: the same bits for any number of threads.

@@ -20,17 +20,6 @@ const DynamicMap kSignedMap = dynamic_map(true), kUnsignedMap = dynamic_map(fals
 
 static_assert(kBlock % kStateBlock == 0);
 
-bool all_native(const AdamWLists& all) {
-  for (size_t i = 0; i < all.params.size(); ++i) {
-    if (!is_native(all.params[i]) || !all.params[i].is_contiguous() || !is_native(all.grads[i])) return false;
-    for (const TensorList& states : {all.exp_avgs, all.exp_avg_sqs, all.exp_avg_absmaxes, all.exp_avg_sq_absmaxes})
-      if (!states[i].is_contiguous()) return false;
-    if (!all.masters.empty() && !(all.masters[i].is_contiguous() && all.masters[i].scalar_type() == at::kFloat))
-      return false;
-  }
-  return true;
-}
-
 Update update_8bit(const AdamW& c, const AdamWLists& all, size_t i, const Tensor& grad, const RandomStream* stream) {
   Update update;
   float* master = all.masters.empty() ? nullptr : all.masters[i].mutable_data_ptr<float>();
@@ -64,21 +53,11 @@ void adamw_8bit_step(TensorList params, TensorList grads, TensorList exp_avgs, T
               lr, beta1, beta2, eps, weight_decay, seed);
     return;
   }
-  const float scale = grad_scale ? grad_scale->item().toFloat() : 1.0f;
-  std::vector<Update> updates;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const double t = *steps[i].mutable_data_ptr<float>() += 1;
-    const AdamW c = adamw_of(scale, lr, beta1, beta2, eps, weight_decay, t);
-    const RandomStream stream = random_stream(static_cast<uint64_t>(seed.value_or(0)), static_cast<uint64_t>(t), i);
-    const bool is_stochastic = seed && params[i].scalar_type() == at::kBFloat16;
-    if (all.is_8bit(i)) {
-      updates.push_back(update_8bit(c, all, i, grads[i].contiguous(), is_stochastic ? &stream : nullptr));
-    } else {
-      updates.push_back(adamw_update(c, params[i], grads[i].contiguous(), exp_avgs[i], exp_avg_sqs[i], all.master(i),
-                                     is_stochastic ? &stream : nullptr));
-    }
-  }
-  run_updates(updates, params);
+  step_all(all, grad_scale, lr, beta1, beta2, eps, weight_decay, seed,
+           [&](const AdamW& c, size_t i, const Tensor& grad, const RandomStream* stream) {
+             if (all.is_8bit(i)) return update_8bit(c, all, i, grad, stream);
+             return adamw_update(c, params[i], grad, exp_avgs[i], exp_avg_sqs[i], all.master(i), stream);
+           });
 }
 
 }  // namespace
