@@ -281,7 +281,7 @@ def _tokenised_sft() -> Any:
     """fastpt's SFT on rows that are tokens already, as TRL gets them."""
     import numpy as np
 
-    from fastpt.data.render import Example
+    from fastpt.data.example import Example
     from fastpt.objectives.sft import SFT
 
     class TokenisedSFT(SFT):

@@ -27,7 +27,15 @@ def is_adapter_model(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def apply_method(model: nn.Module, method: MethodConfig) -> nn.Module:
+TASK_TYPES = {
+    "causal": "CAUSAL_LM",
+    "sequence": "SEQ_CLS",
+    "token": "TOKEN_CLS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+}  # PEFT's names
+
+
+def apply_method(model: nn.Module, method: MethodConfig, task: str = "causal") -> nn.Module:
     """The model with exactly the parameters of `method` trainable; adapters come in float32.
 
     A model that carries an adapter already (continued training) keeps it.
@@ -43,7 +51,7 @@ def apply_method(model: nn.Module, method: MethodConfig) -> nn.Module:
     if is_quantised(model) and method.name == "dora":
         raise ConfigError('the model has 4-bit weights, whose norms DoRA would need; use "qlora"')
     if method.name in ADAPTERS:
-        return _with_adapter(model, method)
+        return _with_adapter(model, method, TASK_TYPES[task])
     if is_quantised(model):
         raise ConfigError(f'the model has 4-bit weights, which method {method.name!r} cannot train; use "qlora"')
     for parameter in model.parameters():
@@ -61,13 +69,13 @@ def apply_method(model: nn.Module, method: MethodConfig) -> nn.Module:
     return model
 
 
-def _with_adapter(model: nn.Module, method: MethodConfig) -> nn.Module:
+def _with_adapter(model: nn.Module, method: MethodConfig, task_type: str) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     alpha = method.alpha if method.alpha is not None else 2 * method.rank
     initial: bool | str = True if method.init == "default" else method.init
     settings: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         "r": method.rank,
         "lora_alpha": alpha,
         "lora_dropout": method.dropout,

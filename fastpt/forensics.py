@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastpt.data.batches import collate
-from fastpt.data.render import Example
+from fastpt.data.example import Example
 from fastpt.objectives.base import Objective, Scorer
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,7 +19,8 @@ from fastpt import models
 from fastpt.activations import Offload, set_policy
 from fastpt.adapters import is_adapter_model
 from fastpt.config import Config, MethodConfig, build
-from fastpt.data.batches import Batch
+from fastpt.data.batches import Batch, collate
+from fastpt.data.example import Example
 from fastpt.errors import ConfigError
 from fastpt.memory import gib
 from fastpt.objectives import make_objective
@@ -229,15 +231,9 @@ def _method_of(model: Any) -> MethodConfig:
 
 def batch_of(tokens: int, longest: int, vocabulary: int) -> Batch:
     """A micro-batch of so many tokens in documents as long as they may be, all trained."""
-    lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    kept = torch.cat([torch.arange(a, b - 1) for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)])
-    ids = torch.arange(tokens) % vocabulary
-    targets = torch.full((tokens,), -100).index_put((kept,), ids[kept])
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    return Batch(
-        ids[None], positions[None], starts.int(), max(lengths), targets, kept, None, float(len(kept)), [], tokens
-    )
+    ids = (np.arange(tokens) % vocabulary).astype(np.int32)
+    documents = np.split(ids, range(longest, tokens, longest))
+    return collate([Example(document, np.ones(len(document), bool), None, "") for document in documents])
 
 
 def _trace(planner: Planner, choice: Choice) -> Plan:

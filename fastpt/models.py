@@ -18,6 +18,13 @@ from fastpt.adapters import NOTE, is_adapter_model, quiet_peft
 from fastpt.errors import ModelError
 from fastpt.nf4 import quantise_model
 
+HEADS = {
+    "causal": "AutoModelForCausalLM",
+    "sequence": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+
 
 @dataclass
 class Loaded:
@@ -98,12 +105,15 @@ def load(
     device: torch.device,
     trust_remote_code: bool = False,
     is_quantised: bool = False,
+    task: str = "causal",
+    settings: dict[str, Any] | None = None,
 ) -> Loaded:
-    """Load a causal language model and its tokenizer.
+    """Load a model with the head of a task (HEADS) and its tokenizer.
 
     `spec` is a hub id, a local Hugging Face folder, a .gguf file (or a folder that holds one), a folder with a PEFT adapter,
     a fastpt run folder, or an nn.Module, which is taken as it is. Weights are read from safetensors and GGUF only; 4-bit
-    ones of bitsandbytes (NF4) stay so. `is_quantised` makes those of the linear layers NF4, each as it is read.
+    ones of bitsandbytes (NF4) stay so. `is_quantised` makes those of the linear layers NF4, each as it is read. `settings` are
+    set in the model's config, such as its labels.
     Raises: ModelError naming what is missing and the nearest thing that is there.
     """
     if isinstance(spec, nn.Module):
@@ -118,7 +128,7 @@ def load(
     if isinstance(place, Path) and (place / "adapter_config.json").is_file():
         adapter, place = place, _base_of(place)
         is_quantised = is_quantised or (adapter / NOTE).is_file()
-    model = _from_pretrained(place, dtype, trust_remote_code, is_quantised)
+    model = _from_pretrained(place, dtype, trust_remote_code, is_quantised, task, settings or {})
     chosen = tokenizer or (adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else place)
     found = load_tokenizer(chosen, trust_remote_code)
     check_vocabulary(model, found)
@@ -210,30 +220,41 @@ def _base_of(adapter: Path) -> Path | str:
     return resolve(base)
 
 
-def _from_pretrained(place: Path | str, dtype: torch.dtype, trust_remote_code: bool, is_quantised: bool) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _from_pretrained(
+    place: Path | str,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    is_quantised: bool,
+    task: str,
+    settings: dict[str, Any],
+) -> nn.Module:
+    import transformers
 
     gguf = _gguf_in(place)
     with _explained(f"model {place}"):
         if gguf is not None:
+            if task != "causal":
+                raise ModelError(f"{gguf} holds a causal language model, without the head of a {task} model")
             model = from_gguf(gguf, dtype)
             return quantised_in_place(model) if is_quantised else model
-        config = AutoConfig.from_pretrained(str(place), trust_remote_code=trust_remote_code)
-        settings: dict[str, Any] = {}
+        config = transformers.AutoConfig.from_pretrained(str(place), trust_remote_code=trust_remote_code)
+        for name, value in settings.items():
+            setattr(config, name, value)
+        options: dict[str, Any] = {}
         if nf4_loading.is_bitsandbytes(config):
             nf4_loading.register()
             config.quantization_config = nf4_loading.settings_of(config)
         elif is_quantised:
             if found := getattr(config, "quantization_config", None):
                 raise ModelError(f"{place} is quantised already ({found}); qlora takes plain weights or NF4")
-            settings["quantization_config"] = nf4_loading.register()()
-        return AutoModelForCausalLM.from_pretrained(
+            options["quantization_config"] = nf4_loading.register()()
+        return getattr(transformers, HEADS[task]).from_pretrained(
             str(place),
             config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            **settings,
+            **options,
         )
 
 

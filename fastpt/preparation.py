@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 from fastpt.checkpoint import newest
 from fastpt.config import Config, DataConfig
 from fastpt.data.batches import StreamPlanner
-from fastpt.data.feed import PlannedFeed, StreamFeed
+from fastpt.data.feed import PlannedFeed, RolloutFeed, StreamFeed
 from fastpt.data.render import ensure_chat_template, tokenizer_fingerprint
 from fastpt.data.sources import StreamedRows, load_rows
 from fastpt.data.tokenised import Tokenised, tokenise
 from fastpt.errors import ConfigError
 from fastpt.memory import forget_peak, gib, peak_bytes, release_memory, resident_bytes
 from fastpt.memory_plan import DEFAULT_MAX_LENGTH, Plan, Planner
-from fastpt.objectives.base import Objective, Prepare
+from fastpt.objectives.base import Objective, Prepare, Scorer
 
 
 def settle_output(config: Config, say: Callable[[str], None]) -> Path:
@@ -123,8 +124,27 @@ def make_feed(
     tokenizer: Any,
     max_length: int,
     say: Callable[[str], None],
+    scorer: Scorer,
+) -> PlannedFeed | StreamFeed | RolloutFeed:
+    """The steps of a run over its training rows, or over what the model makes of them."""
+    feed = _feed_of_rows(rows, config, micro_tokens, objective, tokenizer, max_length, say)
+    if isinstance(feed, PlannedFeed):
+        objective.enrich(scorer, feed.data, micro_tokens, say)
+    if not objective.online:
+        return feed
+    collect = partial(objective.collect, scorer)
+    return RolloutFeed(feed, collect, micro_tokens, objective.steps_per_rollout)
+
+
+def _feed_of_rows(
+    rows: Any,
+    config: Config,
+    micro_tokens: int,
+    objective: Objective,
+    tokenizer: Any,
+    max_length: int,
+    say: Callable[[str], None],
 ) -> PlannedFeed | StreamFeed:
-    """The steps of a run over its training rows."""
     data = config.data
     batch: dict[str, Any] = {
         "batch_rows": config.batch_rows,
@@ -148,8 +168,7 @@ def make_feed(
 
 
 def _preparer(rows: Any, data: DataConfig, objective: Objective, tokenizer: Any, say: Callable[[str], None]) -> Prepare:
-    template = ensure_chat_template(tokenizer)
-    if template:
+    if objective.needs_chat_template and (template := ensure_chat_template(tokenizer)):
         say(template)
     return objective.bind(tokenizer, rows, data.columns)
 

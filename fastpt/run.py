@@ -92,7 +92,10 @@ def load_run(folder: str | Path, *, device: str = "auto", precision: str = "auto
     about = json.loads((folder / "run.json").read_text())
     where = models.choose_device(device)
     dtype, _ = models.choose_precision(precision, where)
-    loaded = models.load(folder / "model", dtype=dtype, device=where)
+    made = about["model"]
+    loaded = models.load(
+        folder / "model", dtype=dtype, device=where, task=made.get("task", "causal"), settings=made.get("settings")
+    )
     history = read_history(folder / "history.jsonl")
     return Run(folder, loaded.model.eval(), loaded.tokenizer, about["metrics"], history, about["status"], about["best"])
 

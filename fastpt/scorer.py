@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from fastpt.data.batches import Batch
 from fastpt.fusion.head import LanguageHead, hidden_states
+from fastpt.generate import generate_tokens
 from fastpt.ops import TokenStats
 
 
 class ModelScorer:
-    """Implements objectives.base.Scorer for a causal language model, bare or PEFT-wrapped, fused or not."""
+    """Implements objectives.base.Scorer for a model, bare or PEFT-wrapped, fused or not."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, has_reference: bool = False):
         self.model = model
-        self.head = LanguageHead.of(model)
+        self.has_reference = has_reference  # a fresh adapter, without which the model is what it was
+
+    @cached_property
+    def head(self) -> LanguageHead:
+        return LanguageHead.of(self.model)
 
     def hidden(self, batch: Batch) -> Tensor:
         return hidden_states(
@@ -31,5 +42,18 @@ class ModelScorer:
         losses = self.head.cross_entropy(hidden, batch.targets, kept=batch.kept, reduction="none", **options)
         return (losses[batch.kept] * batch.weights).sum()
 
-    def stats(self, hidden: Tensor, batch: Batch) -> TokenStats:
-        return self.head.stats(hidden, batch.targets, kept=batch.kept)
+    def stats(self, hidden: Tensor, batch: Batch, *, temperature: float = 1.0) -> TokenStats:
+        return self.head.stats(hidden, batch.targets, kept=batch.kept, temperature=temperature)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.model.disable_adapter():  # type: ignore[operator]
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        return generate_tokens(self.model, prompts, **options)

@@ -17,18 +17,20 @@ import torch
 
 from fastpt import checkpoint, models, ops
 from fastpt.activations import Offload, set_policy
-from fastpt.adapters import apply_method, count_parameters
+from fastpt.adapters import apply_method, count_parameters, is_adapter_model
 from fastpt.config import Config, build, to_json
 from fastpt.console import Console
 from fastpt.data.batches import collate
-from fastpt.data.feed import Step, micro_batches
+from fastpt.data.feed import Step
 from fastpt.data.render import show_example
 from fastpt.errors import CheckpointError, ConfigError, TrainingError
+from fastpt.evaluation import evaluate
 from fastpt.forensics import non_finite_rows
 from fastpt.fusion import fuse
 from fastpt.interrupt import stop_on_signals
 from fastpt.memory import is_out_of_memory, peak_bytes
 from fastpt.objectives import make_objective
+from fastpt.objectives.base import ratio
 from fastpt.optim import StepInBackward, clipped_step, make_optimizer, weights_for
 from fastpt.optim.schedule import lr_scale
 from fastpt.preparation import examples_of, make_feed, read_rows, settle_max_length, settle_memory, settle_output
@@ -97,6 +99,7 @@ class Trainer:
         self.dtype, reason = models.choose_precision(config.precision, self.device)
         rows = read_rows(config.data)  # before the model: a missing file should not cost a model load
         eval_rows = read_rows(config.eval_data) if config.eval_data is not None else None
+        self.asked = asked = self.objective.survey(rows, eval_rows, config.data.columns)
         loaded = models.load(
             config.model,
             tokenizer=config.tokenizer,
@@ -104,20 +107,24 @@ class Trainer:
             device=self.device,
             trust_remote_code=config.trust_remote_code,
             is_quantised=config.method.name == "qlora",
+            task=self.objective.task,
+            settings=asked,
         )
         self.tokenizer, self.source = loaded.tokenizer, loaded.source
         self.max_length = settle_max_length(config, loaded.model, self.console.say)
         config, self.watch = settle_memory(config, loaded.model, self.max_length, self.device, self.console.say)
         self.config = config
         torch.manual_seed(config.seed)  # the adapter's initial values do not depend on what loading drew
-        self.model = apply_method(loaded.model, config.method)
+        had_adapter = is_adapter_model(loaded.model)
+        self.model = apply_method(loaded.model, config.method, self.objective.task)
+        self.objective.attach(self.model, self.device, self.dtype)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in self.parameters:
             if parameter.dtype != torch.float32:
                 parameter.grad_dtype = torch.float32  # gradients add up over micro-batches in float32
         self.handle = fuse(self.model)
         set_policy(self.model, config.activations, offload=Offload(self.output))
-        self.scorer = ModelScorer(self.model)
+        self.scorer = ModelScorer(self.model, has_reference=is_adapter_model(self.model) and not had_adapter)
         self.optimizer = make_optimizer(self.model, config)
         self.in_backward = StepInBackward(self.optimizer) if config.optim.in_backward else None
         self._prepare_data(rows, eval_rows)
@@ -136,7 +143,9 @@ class Trainer:
         self.eval_data = None
         if config.eval_data is not None:
             self.eval_data = examples_of(eval_rows, config.eval_data, *common)
-        self.feed = make_feed(rows, config, self.micro_tokens, *common)
+        self.feed = make_feed(rows, config, self.micro_tokens, *common, self.scorer)
+        if self.eval_data is not None:
+            self.objective.enrich(self.scorer, self.eval_data, self.micro_tokens, self.console.say)
         self._steps = iter(self.feed)
         self.console.show_sample(
             show_example(self.feed.sample(), self.tokenizer), "first example, trained tokens marked"
@@ -215,7 +224,7 @@ class Trainer:
             norm = ops.grad_norm([p.grad for p in self.parameters if p.grad is not None]) / count
         # the one host sync of the step
         loss, grad_norm, *totals = torch.stack(
-            [loss_sum / count, norm, *(value / count for value in sums.values())]
+            [loss_sum / count, norm, *(ratio(value, count) for value in sums.values())]
         ).tolist()
         record = {
             "step": self.step + 1,
@@ -271,23 +280,12 @@ class Trainer:
         if due or improved:
             self._save(best=improved)
 
-    @torch.no_grad()
     def _evaluate(self) -> bool:
         """Evaluate on the held-out rows; true when the best metric improved."""
         assert self.eval_data is not None
-        self.model.eval()
         weights_for(self.optimizer, "eval")
-        sums: dict[str, torch.Tensor] = {}
-        count = 0.0
-        for examples in micro_batches(self.eval_data, self.micro_tokens):
-            batch = collate(examples).to(self.device)
-            for name, value in self.objective.evaluate(self.scorer, batch).items():
-                sums[name] = sums.get(name, 0) + value
-            count += batch.count
-        self.model.train()
+        found = evaluate(self.objective, self.scorer, self.model, self.eval_data, self.micro_tokens, self.device)
         weights_for(self.optimizer, "train")
-        found = {f"eval_{name}": value.item() / max(count, 1e-12) for name, value in sums.items()}
-        found["eval_perplexity"] = math.exp(min(found["eval_loss"], 700.0))
         self.metrics.update(found)
         self._evaluated_now = True
         self.history.add({"step": self.step, **found})
@@ -382,6 +380,8 @@ class Trainer:
             "best": self.best,
             "model": {
                 "source": self.source,
+                "task": self.objective.task,
+                "settings": self.asked,
                 "parameters": total,
                 "trained_parameters": trained,
                 "precision": str(self.dtype),

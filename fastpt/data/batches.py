@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -17,65 +17,106 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpt.data.example import IGNORED, Example
 from fastpt.data.pack import plan_epoch
-from fastpt.data.render import Example
 from fastpt.data.sources import StreamedRows
 from fastpt.data.tokenised import LengthReport, apply_policy, check_policy
 from fastpt.errors import DataError
 
 
 @dataclass
-class Batch:
-    """One micro-batch; `count` is the number of trained tokens, or the sum of their weights."""
+class Packed:
+    """Documents end to end without padding."""
 
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, from 0 in each document
     cu_seqlens: Tensor  # [N + 1] int32
     max_seqlen: int
+
+    def to(self, device: torch.device | str) -> Any:
+        """The same on a device; copies of pinned memory do not wait."""
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _moved(one, device) for name, one in value.items()}
+    return value.to(device) if isinstance(value, Packed) else value
+
+
+@dataclass
+class Batch(Packed):
+    """One micro-batch; `count` is the number of trained tokens, or the sum of their weights, or what its examples say."""
+
     targets: Tensor  # [T] int64: the token that position t must predict, -100 where none
     kept: Tensor  # [K] int64: the positions with a target
+    kept_lengths: Tensor  # [D] int64: how many of them each document has
     weights: Tensor | None  # [K] float32
     count: float
     places: list[str]
     tokens: int
+    source: Packed | None = None  # the encoder's side
+    fields: dict[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on a device; copies of pinned memory do not wait."""
-        moved = {
-            f.name: value.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+    def per_document(self, values: Tensor) -> Tensor:
+        """Sums of [K] values over the kept positions of each document, [D]; in one order, so deterministic."""
+        return torch.segment_reduce(values, "sum", lengths=self.kept_lengths, unsafe=True, initial=0)
 
 
 def collate(examples: list[Example]) -> Batch:
     """The examples end to end as one batch, targets shifted within each document."""
-    lengths = np.array([len(example.input_ids) for example in examples], np.int64)
+    examples = [example.expanded() for example in examples]
+    lengths = np.array([n for e in examples for n in e.documents or (len(e.input_ids),)], np.int64)
+    packed = _packed(np.concatenate([example.input_ids for example in examples]), lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = int(starts[-1])
-    ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)  # [T]
-    trained = np.concatenate([example.trained for example in examples])
-    trained[starts[:-1][lengths > 0]] = False  # nothing comes before the first token of a document
-    target_at = np.flatnonzero(trained)  # [K]
-    targets = np.full(tokens, -100, np.int64)
-    targets[target_at - 1] = ids[target_at]
+    if examples[0].targets is not None:
+        targets = np.concatenate([example.targets for example in examples])  # type: ignore[misc]
+        kept = target_at = np.flatnonzero(targets != IGNORED)  # [K]
+    else:
+        trained = np.concatenate([example.trained for example in examples])
+        trained[starts[:-1][lengths > 0]] = False  # nothing comes before the first token of a document
+        target_at = np.flatnonzero(trained)
+        kept = target_at - 1
+        targets = np.full(len(trained), IGNORED, np.int64)
+        targets[kept] = packed.input_ids[0].numpy()[target_at]
     weights = None
     if any(example.weights is not None for example in examples):
         ones = [np.ones(len(e.input_ids), np.float32) if e.weights is None else e.weights for e in examples]
         weights = np.concatenate(ones)[target_at].astype(np.float32)
+    sources = [example.source for example in examples if example.source is not None]
     return Batch(
-        input_ids=torch.from_numpy(ids)[None],
-        position_ids=torch.from_numpy(np.arange(tokens) - np.repeat(starts[:-1], lengths))[None],
+        **vars(packed),
+        targets=torch.from_numpy(targets),
+        kept=torch.from_numpy(kept),
+        kept_lengths=torch.from_numpy(np.diff(np.searchsorted(kept, starts))),
+        weights=None if weights is None else torch.from_numpy(weights),
+        count=_count(examples, len(kept), weights),
+        places=[example.place for example in examples],
+        tokens=sum(example.tokens for example in examples),
+        source=_packed(np.concatenate(sources), np.array([len(one) for one in sources])) if sources else None,
+        fields={
+            name: torch.from_numpy(np.concatenate([example.fields[name] for example in examples]))
+            for name in examples[0].fields
+        },
+    )
+
+
+def _packed(ids: np.ndarray, lengths: np.ndarray) -> Packed:
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return Packed(
+        input_ids=torch.from_numpy(ids.astype(np.int64))[None],
+        position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(starts[:-1], lengths))[None],
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         max_seqlen=int(lengths.max(initial=0)),
-        targets=torch.from_numpy(targets),
-        kept=torch.from_numpy(target_at - 1),
-        weights=None if weights is None else torch.from_numpy(weights),
-        count=float(len(target_at) if weights is None else weights.sum(dtype=np.float64)),
-        places=[example.place for example in examples],
-        tokens=tokens,
     )
+
+
+def _count(examples: list[Example], kept: int, weights: np.ndarray | None) -> float:
+    if examples[0].count is not None:
+        return float(sum(example.count or 0.0 for example in examples))
+    return float(kept if weights is None else weights.sum(dtype=np.float64))
 
 
 class StreamPlanner:

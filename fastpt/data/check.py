@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from fastpt.data.example import Example
 from fastpt.data.files import Rows
 from fastpt.data.formats import Conversation, format_of_row, mixed
-from fastpt.data.render import Example, ensure_chat_template, render_conversation, render_text, show_example
+from fastpt.data.render import ensure_chat_template, render_conversation, render_text, show_example
 from fastpt.data.sources import load_rows
 from fastpt.errors import DataError, FastptError
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 from fastpt.data.batches import StreamPlanner
-from fastpt.data.pack import plan_epoch
-from fastpt.data.render import Example
+from fastpt.data.example import Example
+from fastpt.data.pack import best_fit, plan_epoch
 from fastpt.data.tokenised import Tokenised
+from fastpt.errors import TrainingError
 
 Step = list[list[Example]]  # micro-batches of one optimizer step
+Collect = Callable[[list[Example], int], list[list[Example]]]  # prompts, number of the rollout -> examples of each step
+MOST_EMPTY = 20  # rollouts running without anything to train
 
 
 class PlannedFeed:
@@ -83,6 +86,65 @@ class StreamFeed:
     def __iter__(self) -> Iterator[Step]:
         while True:
             yield from self.planner
+
+
+class RolloutFeed:
+    """Steps of examples that the model itself makes of a feed's prompts; a resumed run begins with a rollout of its own."""
+
+    def __init__(self, prompts: PlannedFeed | StreamFeed, collect: Collect, micro_tokens: int, steps_per_rollout: int):
+        self.prompts, self.collect, self.micro_tokens, self.per_rollout = (
+            prompts,
+            collect,
+            micro_tokens,
+            steps_per_rollout,
+        )
+        self.fingerprint, self.settings = prompts.fingerprint, prompts.settings
+        self.at_end_of_epoch, self._rollouts = False, 0
+        self._before = self._position()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.prompts.steps_per_epoch * self.per_rollout
+
+    @property
+    def progress(self) -> float:
+        return self.prompts.progress
+
+    def sample(self) -> Example:
+        return self.prompts.sample()
+
+    def summary(self) -> dict[str, Any]:
+        return self.prompts.summary()
+
+    def _position(self) -> dict[str, Any]:
+        return {"prompts": self.prompts.position(), "rollouts": self._rollouts}
+
+    def position(self) -> dict[str, Any]:
+        return self._before
+
+    def seek(self, position: dict[str, Any]) -> None:
+        self.prompts.seek(position["prompts"])
+        self._rollouts, self._before = position["rollouts"], position
+
+    def __iter__(self) -> Iterator[Step]:
+        empty = 0
+        for micro in self.prompts:
+            steps = self.collect([example for one in micro for example in one], self._rollouts)
+            self._rollouts += 1
+            empty = 0 if steps else empty + 1
+            if empty == MOST_EMPTY:
+                raise TrainingError(
+                    f"{MOST_EMPTY} rollouts running gave nothing to learn from (all answers to a prompt were rewarded "
+                    "alike): give rewards that tell better answers from worse, easier prompts, or a higher temperature"
+                )
+            for number, examples in enumerate(steps, 1):
+                self.at_end_of_epoch = False
+                if number == len(
+                    steps
+                ):  # what a checkpoint goes on from; in between that is the rollout's own beginning
+                    self._before, self.at_end_of_epoch = self._position(), self.prompts.at_end_of_epoch
+                packs = best_fit([example.tokens for example in examples], self.micro_tokens)
+                yield [[examples[i] for i in sorted(pack)] for pack in packs]
 
 
 def micro_batches(data: Tokenised, micro_tokens: int) -> Iterator[list[Example]]:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import xxhash
 
+from fastpt.data.example import Example
 from fastpt.data.formats import Conversation, Text
 from fastpt.errors import DataError, ModelError
 
@@ -32,16 +33,6 @@ CHATML_TEMPLATE = (
     "{{ bos }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class Example:
-    """One document: `trained[t]` says that token t is a target, `weights[t]` how much it counts."""
-
-    input_ids: np.ndarray  # [T] int32
-    trained: np.ndarray  # [T] bool
-    weights: np.ndarray | None  # [T] float32
-    place: str
 
 
 @dataclass

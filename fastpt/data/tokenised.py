@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from fastpt.data.example import Example
 from fastpt.data.files import Rows
 from fastpt.data.pack import Mixture
-from fastpt.data.render import Example
 from fastpt.errors import DataError
 
 POLICIES = ("error", "truncate", "drop", "split")
 CHUNK_ROWS = 64
-CACHE_VERSION = 1  # raise it when the arrays or their meaning change
+CACHE_VERSION = 2  # raise it when the arrays or their meaning change
 Prepare = Callable[[dict, str], list[Example]]
 
 
@@ -101,58 +101,92 @@ def apply_policy(examples: list[Example], max_length: int, too_long: str, report
     kept: list[Example] = []
     report.rows += 1
     for example in examples:
-        length = len(example.input_ids)
-        if length > report.longest:
-            report.longest, report.longest_place = length, example.place
+        if example.longest > report.longest:
+            report.longest, report.longest_place = example.longest, example.place
         pieces = [example]
-        if length > max_length:
+        if example.longest > max_length:
             report.too_long += 1
             pieces = _shortened(example, max_length, too_long, report)
         for piece in pieces:
-            trained = int(np.count_nonzero(piece.trained[1:]))
-            if trained == 0:
+            if piece.is_empty:
                 report.all_masked_rows += 1
                 report.all_masked_places += [piece.place] if len(report.all_masked_places) < 5 else []
                 continue
             report.examples += 1
-            report.tokens += len(piece.input_ids)
-            report.trained_tokens += trained
+            report.tokens += piece.tokens
+            report.trained_tokens += sum(piece.trained_tokens)
             kept.append(piece)
     return kept
 
 
 def _shortened(example: Example, max_length: int, too_long: str, report: LengthReport) -> list[Example]:
-    length = len(example.input_ids)
     if too_long == "drop":
         report.dropped_rows += 1
-        report.dropped_tokens += length
+        report.dropped_tokens += example.tokens
         return []
     if too_long == "truncate":
+        cut = example.truncated(max_length)
         report.truncated_rows += 1
-        report.truncated_tokens += length - max_length
-        return [_cut(example, 0, max_length)]
+        report.truncated_tokens += example.tokens - cut.tokens
+        return [cut]
     if too_long == "split":
         # Neighbours share a token: it ends one piece as a target and opens the next, which never predicts its first.
         report.split_rows += 1
-        return [_cut(example, at, at + max_length) for at in range(0, length - 1, max_length - 1)]
+        return [
+            example.taking(slice(at, at + max_length)) for at in range(0, len(example.input_ids) - 1, max_length - 1)
+        ]
     return [example]
 
 
-def _cut(example: Example, start: int, stop: int) -> Example:
-    weights = None if example.weights is None else example.weights[start:stop]
-    return Example(example.input_ids[start:stop], example.trained[start:stop], weights, example.place)
+# An example as named columns of any length; what an example lacks has length 0.
+
+PER_TOKEN = ("input_ids", "trained", "weights", "targets")
+
+
+def _columns(example: Example) -> dict[str, np.ndarray]:
+    given = {
+        "input_ids": example.input_ids,
+        "trained": example.trained,
+        "weights": example.weights,
+        "targets": example.targets,
+        "source": example.source,
+        "documents": None if example.documents is None else np.array(example.documents, np.int32),
+        "prefix": np.array([example.prefix], np.int32) if example.prefix else None,
+        "count": None if example.count is None else np.array([example.count]),
+    }
+    fields = {f"field.{name}": np.asarray(value) for name, value in example.fields.items()}
+    return {name: value for name, value in given.items() if value is not None} | fields
+
+
+def _example(columns: dict[str, np.ndarray], place: str) -> Example:
+    one = {name: value for name, value in columns.items() if len(value) or name in PER_TOKEN}
+    fields = {name.removeprefix("field."): value for name, value in one.items() if name.startswith("field.")}
+    return Example(
+        one["input_ids"],
+        one["trained"],
+        one.get("weights"),
+        place,
+        targets=one.get("targets"),
+        source=one.get("source"),
+        documents=tuple(one["documents"].tolist()) if "documents" in one else None,
+        prefix=int(one["prefix"][0]) if "prefix" in one else 0,
+        count=float(one["count"][0]) if "count" in one else None,
+        fields=fields,
+    )
 
 
 class Tokenised:
-    """Examples as flat arrays: example i is `tokens[offsets[i]:offsets[i + 1]]`."""
+    """Examples as flat arrays: example i holds `values[offsets[i]:offsets[i + 1]]` of every column."""
 
     def __init__(self, arrays: dict[str, np.ndarray], rows: Rows, report: LengthReport, from_cache: bool):
-        self._tokens, self._trained, self._offsets = arrays["tokens"], arrays["trained"], arrays["offsets"]
-        self._weights = arrays.get("weights")
-        self._row_of, self._rows = arrays["rows"], rows
+        self._values = {name: array for name, array in arrays.items() if not name.endswith("@offsets")}
+        self._row_of = self._values.pop("rows")
+        self._offsets = {name: arrays[f"{_ruler(name)}@offsets"] for name in self._values}
+        self._rows = rows
         self.report = report
         self.from_cache = from_cache
-        self.lengths: np.ndarray = np.diff(self._offsets)  # [N] int64
+        both = (name for name in ("input_ids", "source") if name in self._values)
+        self.lengths: np.ndarray = sum(np.diff(self._offsets[name]) for name in both)  # type: ignore[assignment]  # [N] int64
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -164,10 +198,19 @@ class Tokenised:
     def place(self, index: int) -> str:
         return self._rows.place(int(self._row_of[index]))
 
+    def row(self, index: int) -> dict[str, Any]:
+        """The row of the data that an example was made of."""
+        return self._rows[int(self._row_of[index])]
+
     def example(self, index: int) -> Example:
-        span = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
-        weights = None if self._weights is None else self._weights[span]
-        return Example(self._tokens[span], self._trained[span], weights, self.place(index))
+        spans = {name: slice(*offsets[index : index + 2].tolist()) for name, offsets in self._offsets.items()}
+        return _example({name: values[spans[name]] for name, values in self._values.items()}, self.place(index))
+
+    def set_field(self, name: str, arrays: list[np.ndarray]) -> None:
+        """Give each example a field, such as log-probabilities under a reference model; the cache stays as it is."""
+        found = _flat({f"field.{name}": [(i, array) for i, array in enumerate(arrays)]}, len(self))
+        self._values[f"field.{name}"] = found[f"field.{name}"]
+        self._offsets[f"field.{name}"] = found[f"field.{name}@offsets"]
 
     @property
     def mixture(self) -> Mixture | None:
@@ -176,6 +219,25 @@ class Tokenised:
             return None
         edge = lambda row: int(np.searchsorted(self._row_of, row))  # noqa: E731
         return [(edge(start), edge(stop), weight) for start, stop, weight in self._rows.mixture]
+
+
+def _ruler(name: str) -> str:
+    """The column whose offsets a column shares."""
+    return "input_ids" if name in PER_TOKEN else name
+
+
+def _flat(columns: dict[str, list[tuple[int, np.ndarray]]], count: int) -> dict[str, np.ndarray]:
+    """Arrays and offsets of columns given as (example, values)."""
+    flat: dict[str, np.ndarray] = {}
+    for name, parts in columns.items():
+        flat[name] = np.concatenate([values for _, values in parts])
+        if name in PER_TOKEN and len(parts) != len(columns["input_ids"]):
+            raise ValueError(f"an objective gives {name} to all of its examples or to none")
+        if _ruler(name) == name:
+            lengths = np.zeros(count, np.int64)
+            lengths[[index for index, _ in parts]] = [len(values) for _, values in parts]
+            flat[f"{name}@offsets"] = np.concatenate([[0], np.cumsum(lengths)])
+    return flat
 
 
 def tokenise(
@@ -207,7 +269,7 @@ def tokenise(
     arrays = _tokenise(rows, prepare, max_length, too_long, report, progress)
     if too_long == "error" and report.too_long:
         raise DataError(report.why_too_long(rows.name, max_length))
-    if len(arrays["offsets"]) < 2:
+    if len(arrays["rows"]) == 0:
         raise DataError(f"{rows.name or 'the data'} gives nothing to train on: {report.why_nothing()}")
     if folder is not None:
         _save(folder, arrays, report)
@@ -217,33 +279,22 @@ def tokenise(
 def _tokenise(
     rows: Rows, prepare: Prepare, max_length: int, too_long: str, report: LengthReport, progress: Any
 ) -> dict[str, np.ndarray]:
-    tokens: list[np.ndarray] = []
-    trained: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
-    lengths: list[int] = []
+    columns: dict[str, list[tuple[int, np.ndarray]]] = {}
     row_of: list[int] = []
-    has_weights = False
     for index, examples in _prepared(rows, prepare):
         for example in apply_policy(examples, max_length, too_long, report):
-            tokens.append(example.input_ids)
-            trained.append(example.trained)
-            has_weights |= example.weights is not None
-            weights.append(_ones(len(example.input_ids)) if example.weights is None else example.weights)
-            lengths.append(len(example.input_ids))
+            given = _columns(example)
+            if "weights" in columns or "weights" in given:  # a row without weights has ones
+                given.setdefault("weights", np.broadcast_to(np.float32(1), len(example.input_ids)))
+                columns.setdefault("weights", [(i, np.ones(len(v), np.float32)) for i, v in columns.get("trained", [])])
+            for name, values in given.items():
+                columns.setdefault(name, []).append((len(row_of), values))
             row_of.append(index)
         if progress is not None and ((index + 1) % CHUNK_ROWS == 0 or index + 1 == len(rows)):
             progress(index + 1, len(rows))
-    arrays = {
-        "tokens": np.concatenate([*tokens, np.empty(0, np.int32)], dtype=np.int32),
-        "trained": np.concatenate([*trained, np.empty(0, bool)], dtype=bool),
-        "offsets": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
-        "rows": np.array(row_of, np.int64),
-    }
-    return arrays | ({"weights": np.concatenate(weights, dtype=np.float32)} if has_weights else {})
-
-
-def _ones(count: int) -> np.ndarray:
-    return np.broadcast_to(np.float32(1), count)  # takes no memory until it is needed
+    if not row_of:
+        return {"rows": np.zeros(0, np.int64)}
+    return _flat(columns, len(row_of)) | {"rows": np.array(row_of, np.int64)}
 
 
 def _prepared(rows: Rows, prepare: Prepare) -> Iterator[tuple[int, list[Example]]]:

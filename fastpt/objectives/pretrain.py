@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from fastpt.data.example import Example
 from fastpt.data.formats import Text, recognise
-from fastpt.data.render import Example, render_text
+from fastpt.data.render import render_text
 from fastpt.errors import DataError
 from fastpt.objectives.base import Prepare
 from fastpt.objectives.sft import SFT

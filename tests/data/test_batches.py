@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastpt.data.batches import StreamPlanner, collate
-from fastpt.data.render import Example
+from fastpt.data.example import Example
 from fastpt.data.sources import load_rows
 from fastpt.errors import DataError
 

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from fastpt.data.render import Example
+from fastpt.data.example import Example
 from fastpt.data.sources import load_rows
 from fastpt.data.tokenised import tokenise
 from fastpt.errors import DataError
@@ -111,7 +111,7 @@ def test_damaged_cache_is_made_anew(tmp_path):
     options = {"cache_key": "k", "cache_dir": tmp_path}
     run([{"n": 3}], **options)
     (folder,) = tmp_path.iterdir()
-    tokens = folder / "tokens.npy"
+    tokens = folder / "input_ids.npy"
     tokens.write_bytes(tokens.read_bytes()[:-4])
     with pytest.warns(UserWarning, match="cannot be read .* made anew"):
         assert run([{"n": 3}], **options).lengths.tolist() == [3]
