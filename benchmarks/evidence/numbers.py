@@ -7,6 +7,7 @@ a lane outside its tensors, two programs on one element and a wait of the host a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -21,24 +22,45 @@ from benchmarks.evidence.traffic import Meter
 
 FACTOR = 2.0
 QUICK_INPUTS = 2
+DRAWS, FEW = 8, 64  # the extreme of a few values is luck: results of fewer are judged over so many draws together
 
 
 def records(case: Case, quick: bool) -> list[dict[str, Any]]:
     dtypes = [torch.float32, torch.bfloat16] if quick else [torch.float32, torch.bfloat16, torch.float16]
     found = []
     for dtype in dtypes:
-        every = case.numbers(calls.random(dtype))
-        for inputs in islice(every, QUICK_INPUTS if quick else None):
-            about = {"case": case.name, "inputs": inputs.name, "dtype": str(dtype).removeprefix("torch.")}
+        every = zip(*(case.numbers(calls.random(dtype, seed)) for seed in range(DRAWS)), strict=True)
+        for draws in islice(every, QUICK_INPUTS if quick else None):
+            about = {"case": case.name, "inputs": draws[0].name, "dtype": str(dtype).removeprefix("torch.")}
             try:
-                found.append({**about, **compared(case, inputs)})
+                found.append({**about, **compared(case, draws)})
             except Exception as error:  # noqa: BLE001 (a kernel that fails is a finding)
                 found.append({**about, "error_over_budget": None, "faults": [f"{type(error).__name__}: {error}"[:600]]})
     return found
 
 
-def compared(case: Case, inputs: Inputs) -> dict[str, Any]:
-    """The worst error over its budget (at most 1), and what is wrong beside it."""
+def compared(case: Case, draws: Sequence[Inputs]) -> dict[str, Any]:
+    """The worst error over its budget (at most 1), and what is wrong beside it; of small results over all draws."""
+    sides, faults = _sides(case, draws[0])
+    if any(0 < t.numel() < FEW for result in (sides[1].outputs, sides[1].gradients) for t in result if t is not None):
+        for inputs in draws[1:]:
+            more, wrong = _sides(case, inputs)
+            sides = [_joined(one, other) for one, other in zip(sides, more, strict=True)]
+            faults += [fault for fault in wrong if fault not in faults]
+    worst = 0.0
+    for what in ("outputs", "gradients"):
+        mine, plain, truth = (getattr(side, what) for side in sides)
+        if len(mine) != len(plain):
+            faults.append(f"{len(mine)} {what}, the definition has {len(plain)}")
+        for i, triple in enumerate(zip(mine, plain, truth, strict=False)):
+            over, fault = _over_budget(*triple)
+            worst = max(worst, over)
+            faults += [f"{what.removesuffix('s')} {i}: {fault}"] if fault else []
+    return {"error_over_budget": worst, "faults": faults}
+
+
+def _sides(case: Case, inputs: Inputs) -> tuple[list[calls.Result], list[str]]:
+    """Our kernels, eager PyTorch and float64 on the same numbers, and what was wrong on the way."""
     before = [t.detach().clone() for t in _tensors(inputs)]
     torch.use_deterministic_algorithms(True, warn_only=True)  # what torch.empty returns is NaN
     try:
@@ -54,16 +76,17 @@ def compared(case: Case, inputs: Inputs) -> dict[str, Any]:
         faults.append("an input was changed in place")
     eager = calls.run(case.reference, inputs, incoming=ours.incoming)
     exact = calls.run(case.reference, inputs, torch.float64, incoming=ours.incoming)
-    worst = 0.0
-    for what in ("outputs", "gradients"):
-        mine, plain, truth = (getattr(side, what) for side in (ours, eager, exact))
-        if len(mine) != len(plain):
-            faults.append(f"{len(mine)} {what}, the definition has {len(plain)}")
-        for i, triple in enumerate(zip(mine, plain, truth, strict=False)):
-            over, fault = _over_budget(*triple)
-            worst = max(worst, over)
-            faults += [f"{what.removesuffix('s')} {i}: {fault}"] if fault else []
-    return {"error_over_budget": worst, "faults": faults}
+    return [ours, eager, exact], faults
+
+
+def _joined(one: calls.Result, other: calls.Result) -> calls.Result:
+    """Two draws of the same small results as one."""
+
+    def both(a: list[Any], b: list[Any]) -> list[Any]:
+        return [x if x is None or y is None else torch.stack([x, y]) if x.shape == y.shape else torch.cat([x, y[None]])
+                for x, y in zip(a, b, strict=True)]  # fmt: skip
+
+    return calls.Result(both(one.outputs, other.outputs), one.incoming, both(one.gradients, other.gradients))
 
 
 def _over_budget(mine: Tensor | None, eager: Tensor | None, exact: Tensor | None) -> tuple[float, str]:
