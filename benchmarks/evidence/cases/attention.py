@@ -38,9 +38,11 @@ def _tail(q, *, cu_seqlens_q=None, cu_seqlens_k=None, causal=True, window=None, 
     return cu_seqlens_q, cu_seqlens_k, causal, window, softcap, q.shape[2] ** -0.5 if scale is None else scale
 
 
-def _inputs(make: Make, name: str, tokens: int, heads: int, heads_k: int, dim: int, **options) -> Inputs:
-    q = make(tokens, heads, dim, grad=True)
-    k, v = (make(tokens, heads_k, dim, grad=True) for _ in range(2))
+def _inputs(
+    make: Make, name: str, tokens: int, heads: int, heads_k: int, dim: int, dtype: torch.dtype | None = None, **options
+) -> Inputs:
+    q = make(tokens, heads, dim, grad=True, dtype=dtype)
+    k, v = (make(tokens, heads_k, dim, grad=True, dtype=dtype) for _ in range(2))
     return Inputs(f"{tokens}x{heads}:{heads_k}x{dim}{name}", (q, k, v), options)
 
 
@@ -67,21 +69,39 @@ def grouped_numbers(make: Make) -> Iterator[Inputs]:
 def real(make: Make) -> Iterator[Inputs]:
     yield _inputs(make, "", 4096, 32, 32, 128)
     yield _inputs(make, "", 4096, 16, 16, 64)
-    yield _inputs(make, "", 4096, 8, 8, 256)
 
 
 def grouped_real(make: Make) -> Iterator[Inputs]:
     yield _inputs(make, ", packed", 4096, 32, 8, 128, cu_seqlens_q=_pack(2048, 2048))  # Llama-3.1-8B
     yield _inputs(make, ", packed", 4096, 9, 3, 64, cu_seqlens_q=_pack(2048, 2048))  # SmolLM2-135M
-    yield _inputs(make, ", window 1024, softcap 50", 4096, 8, 4, 256, window=1024, softcap=50.0)  # Gemma 2
     pack = {"cu_seqlens_q": _pack(2048, 2048)}
     yield _inputs(
         make, ", packed, window 1024, softcap 50", 4096, 32, 16, 128, **pack, window=1024, softcap=50.0
     )  # 27B
 
 
+def wide_numbers(make: Make) -> Iterator[Inputs]:
+    yield _inputs(make, ", packed", 90, 2, 1, 256, cu_seqlens_q=_pack(50, 40))
+    yield _inputs(make, ", window 20, softcap 2", 70, 2, 2, 160, window=20, softcap=2.0)
+
+
+def wide_real(make: Make) -> Iterator[Inputs]:
+    yield _inputs(make, "", 4096, 8, 8, 256)
+    yield _inputs(make, ", window 1024, softcap 50", 4096, 8, 4, 256, window=1024, softcap=50.0)  # Gemma 2
+
+
+def exact_real(make: Make) -> Iterator[Inputs]:
+    for dim in (64, 128, 256):
+        yield _inputs(make, ", float32", 4096, 8, 4, dim, torch.float32)
+        yield _inputs(make, ", float32, window, softcap", 4096, 8, 4, dim, torch.float32, window=1024, softcap=50.0)
+
+
 def traffic(make: Make) -> Inputs:
     return _inputs(make, "", 512, 4, 4, 64)
+
+
+def wide_traffic(make: Make) -> Inputs:
+    return _inputs(make, "", 512, 2, 2, 256)
 
 
 def grouped_traffic(make: Make) -> Inputs:
@@ -99,22 +119,44 @@ def product(q: Tensor, k: Tensor, v: Tensor, **options) -> int:
     return 2 * q.shape[2] * _pairs(q, k, cu_seqlens_q, cu_seqlens_k, causal, window)
 
 
-def _case(name: str, numbers, real, traffic, forward: float, backward: float) -> Case:
-    bars = Bars(
-        forward=forward,
-        backward=backward,
-        launches=(1, 2),
-        flops=11.3,  # 2 + 7 products (attention_backward.py says why 7), and a quarter more for tiles on the diagonal
-        new_saved_bytes=512 * 4 * 4,  # lse
-        tensor_cores=KERNELS,
-    )
+def _case(
+    name: str, numbers, real, traffic, forward: float | None, backward: float | None, new_saved_bytes: int, **bars
+) -> Case:
     return Case(
-        op="attention", name=name, function=attention, reference=definition, numbers=numbers, real=real,
-        traffic=traffic, floor=floor, bars=bars, flops=product,
-    )  # fmt: skip
+        op="attention",
+        name=name,
+        function=attention,
+        reference=definition,
+        numbers=numbers,
+        real=real,
+        traffic=traffic,
+        floor=floor,
+        flops=product,
+        bars=Bars(
+            forward=forward,
+            backward=backward,
+            launches=(1, 2),
+            flops=11.3,  # 2 + 7 products (attention_backward.py says why 7), and a quarter more for tiles on the diagonal
+            new_saved_bytes=new_saved_bytes,  # lse
+            **bars,
+        ),
+    )
 
 
 CASES = [
-    _case("attention", numbers, real, traffic, 1.8, 2.6),
-    _case("attention, 4 query heads to a key head", grouped_numbers, grouped_real, grouped_traffic, 2.0, 3.0),
-]
+    _case("attention", numbers, real, traffic, 1.8, 2.6, 512 * 4 * 4, tensor_cores=KERNELS),
+    _case(
+        "attention, 4 query heads to a key head", grouped_numbers, grouped_real, grouped_traffic, 2.0, 3.0, 512 * 4 * 4,
+        tensor_cores=KERNELS,
+    ),
+    _case(
+        "attention, head size 256", wide_numbers, wide_real, wide_traffic, None, None, 512 * 2 * 4,
+        tensor_cores=KERNELS[:2],
+        # dK and dV of 64 keys by 256 take half of sm_90's registers: every tile that HGMMA could take spills.
+        small_dots=KERNELS[2:],
+    ),
+    _case(
+        "attention in float32", wide_numbers, exact_real, wide_traffic, None, None, 512 * 2 * 4,
+        not_streaming=dict.fromkeys(KERNELS, "bound by float32 multiply-adds: no tensor core is exact to float32"),
+    ),
+]  # fmt: skip
