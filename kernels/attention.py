@@ -50,13 +50,13 @@ def _attend(
 
 @triton.jit(do_not_specialize=VARYING)
 def attention_forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, sinks_ptr, out_ptr, lse_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
     cu_q_ptr, cu_k_ptr, sequences, tokens_q, tokens_k, into_cap, factor, window,
     seed_low, seed_high, threshold, kept_scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    BASE2: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BASE2: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a causal sequence's last tile, the longest, goes first
     sequence, first_row = find_tile(tile, cu_q_ptr, sequences, tokens_q, ROWS, GROUP, PACKED)
@@ -96,6 +96,13 @@ def attention_forward(
             KEYS, DIM, PADDED, CAUSAL, WINDOW, SOFTCAP, DROPOUT, BASE2, True,
         )  # fmt: skip
 
+        if SINKS:  # a key more that every row sees, whose value is 0; last, so that the keys' largest weight was exact
+            sink = tl.load(sinks_ptr + head) * (1.4426950408889634 if BASE2 else 1.0)
+            new_peak = tl.maximum(peak, sink)
+            shrink = raised(peak - new_peak, BASE2)
+            total = total * shrink + raised(sink - new_peak, BASE2)
+            weighted *= shrink[:, None]
+            peak = new_peak
         blind = total == 0.0  # sees no key
         total = tl.where(blind, 1.0, total)
         weighted = weighted * (kept_scale / total)[:, None]
@@ -108,8 +115,11 @@ def attention_forward(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: bool,
     window: int | None, softcap: float | None, scale: float, dropout_p: float = 0.0, seed: int = 0,
+    *, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     problem = problem_of(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale, dropout_p, seed)
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != torch.float32):
+        raise RuntimeError(f"attention: sinks is {list(sinks.shape)} {sinks.dtype}; it must be float32 [{q.shape[1]}]")
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -117,8 +127,9 @@ def forward(
         launch = launch_of("attention_forward", q, problem)
         with on_device(q):
             attention_forward[(tiles(q.shape[0] * problem.group, launch.rows, problem), k.shape[1])](
-                q, k, v, out, lse, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], out.stride(0), *problem.arguments,
-                **problem.constants, ROWS=launch.rows, KEYS=launch.columns,
+                q, k, v, q if sinks is None else sinks.contiguous(), out, lse,
+                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], out.stride(0), *problem.arguments,
+                **problem.constants, SINKS=sinks is not None, ROWS=launch.rows, KEYS=launch.columns,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
     return out, lse

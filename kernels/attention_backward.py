@@ -64,6 +64,33 @@ def _add_dq(
     return dq
 
 
+@triton.jit
+def _exact_delta(
+    q, grad, lse, k_at, v_at, stride_kt, stride_vt, low, high, queries, keys,
+    into_cap, factor, window, row_key, threshold, kept_scale,
+    KEYS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """delta as the sum of weights times their gradients over the keys: what is subtracted from these very gradients then
+    errs as they do. grad . out, the same number, has roundings of its own, which float32 would show."""
+    dim = tl.arange(0, PADDED)
+    delta = lse * 0.0
+    for start in tl.range(low, high, KEYS):
+        key = start + tl.arange(0, KEYS)
+        k = load_tile(k_at + tl.cast(start, tl.int64) * stride_kt, key < keys, dim, DIM, PADDED, True)
+        v = load_tile(v_at + tl.cast(start, tl.int64) * stride_vt, key < keys, dim, DIM, PADDED, True)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SOFTCAP:
+            scores = tanh(scores * into_cap)
+        weights = raised(scores * factor - lse[:, None], False)
+        seen = sees(queries[:, None], key[None, :], window, CAUSAL, WINDOW) & (key < keys)[None, :]
+        if DROPOUT:
+            seen = seen & is_kept(row_key[:, None], key[None, :], threshold)
+        dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        delta += tl.sum(tl.where(seen, weights * (dweights * kept_scale), 0.0), 1)
+    return delta
+
+
 @triton.jit(do_not_specialize=VARYING)
 def attention_dq(
     grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, rows_ptr,
@@ -84,16 +111,10 @@ def attention_dq(
         row = first_row + tl.arange(0, ROWS)
         token, head, inside = begin + row // GROUP, head_k * GROUP + row % GROUP, row < length * GROUP
         grad = load_rows(grad_ptr, begin, first_row, head_k, inside, stride_gt, stride_gh, ROWS, GROUP, DIM, PADDED)
-        out = load_rows(out_ptr, begin, first_row, head_k, inside, stride_ot, stride_oh, ROWS, GROUP, DIM, PADDED)
-        delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
         lse_at = lse_ptr + token.to(tl.int64) * HEADS + head
         lse = tl.load(lse_at, mask=inside, other=float("inf"))
         if BASE2:
             lse *= 1.4426950408889634
-        at = head_k.to(tl.int64) * tokens_q * GROUP + tl.cast(begin, tl.int64) * GROUP + row
-        tl.store(rows_ptr + at, lse, mask=inside)
-        tl.store(rows_ptr + tl.num_programs(1).to(tl.int64) * tokens_q * GROUP + at, delta, mask=inside)
-
         q = load_rows(q_ptr, begin, first_row, head_k, inside, stride_qt, stride_qh, ROWS, GROUP, DIM, PADDED)
         k_at = k_ptr + begin_k.to(tl.int64) * stride_kt + head_k.to(tl.int64) * stride_kh
         v_at = v_ptr + begin_k.to(tl.int64) * stride_vt + head_k.to(tl.int64) * stride_vh
@@ -104,6 +125,18 @@ def attention_dq(
         last = tl.minimum((first_row + ROWS - 1) // GROUP, length - 1) + (keys - length)
         low, full_low, full_high, high = key_range(first, last, keys, window, KEYS, CAUSAL, WINDOW)
         row_key = row_keys(token.to(tl.int64) * HEADS + head, seed_low, seed_high) if DROPOUT else row
+        if BASE2:
+            out = load_rows(out_ptr, begin, first_row, head_k, inside, stride_ot, stride_oh, ROWS, GROUP, DIM, PADDED)
+            delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+        else:
+            delta = _exact_delta(
+                q, grad, lse, k_at, v_at, stride_kt, stride_vt, low, high, queries, keys,
+                into_cap, factor, window, row_key, threshold, kept_scale,
+                KEYS, DIM, PADDED, CAUSAL, WINDOW, SOFTCAP, DROPOUT,
+            )  # fmt: skip
+        at = head_k.to(tl.int64) * tokens_q * GROUP + tl.cast(begin, tl.int64) * GROUP + row
+        tl.store(rows_ptr + at, lse, mask=inside)
+        tl.store(rows_ptr + tl.num_programs(1).to(tl.int64) * tokens_q * GROUP + at, delta, mask=inside)
         dq = tl.zeros((ROWS, PADDED), tl.float32)
         if WINDOW:
             dq = _add_dq(

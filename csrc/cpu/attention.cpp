@@ -123,6 +123,7 @@ struct Forward {
   Heads<const T> q, k, v;
   Heads<T> out;
   float* lse;
+  const float* sinks;  // null: none
   T* shared;  // [2, heads_kv, packed_keys, columns]: the packed keys of heads that several units share
 
   // Packed k and v of one head of a sequence, each [padded keys, columns]: k by panels for the lanes, v for the sum
@@ -161,7 +162,8 @@ struct Forward {
       run(panel, block.rows);
     }
     FASTPT_BY_ISA(attention_forward_finish<T>)
-    (panel, block.rows, out.at(token, head), out.token, lse + token * plan.heads_q + head, plan.heads_q);
+    (panel, block.rows, sinks == nullptr ? sinks : sinks + head, out.at(token, head), out.token,
+     lse + token * plan.heads_q + head, plan.heads_q);
   }
 
   void unit(const Unit& unit, const ForwardState<T>& state) const {
@@ -190,11 +192,14 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
                                              const std::optional<at::Tensor>& cu_seqlens_q,
                                              const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
                                              std::optional<int64_t> window, std::optional<double> softcap,
-                                             double scale) {
+                                             double scale, const std::optional<at::Tensor>& sinks) {
   static const auto reference = reference_of<decltype(attention)>("fastpt::attention");
-  if (!is_native(q)) return reference(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale);
+  if (!is_native(q)) return reference(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale, sinks);
   const auto qi = attention_input(q), ki = attention_input(k), vi = attention_input(v);
   const AttentionPlan plan(qi, ki, vi, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale);
+  TORCH_CHECK(!sinks || (sinks->dim() == 1 && sinks->size(0) == q.size(1) && sinks->scalar_type() == at::kFloat),
+              "attention: sinks must be float32 [", q.size(1), "]");
+  const auto si = sinks ? sinks->contiguous() : at::Tensor();
   auto out = fresh(qi.sizes(), q.options());
   auto lse = fresh({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
   const Division division(plan, at::get_num_threads());
@@ -206,6 +211,7 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
                              Heads<const T>(vi),
                              Heads<T>(out),
                              lse.mutable_data_ptr<float>(),
+                             sinks ? si.const_data_ptr<float>() : nullptr,
                              shared.mutable_data_ptr<T>()};
     forward.run(q.options(), division);
   });

@@ -125,7 +125,8 @@ struct BackwardPanel {
   int64_t width, columns;         // columns: dim, padded
   Visible seen;
   float scale, softcap, inner;  // scale is that of the exponent; softcap 0: none; inner: scale / softcap
-  const float *lse, *delta;     // [rows]
+  const float* lse;             // [rows]
+  float* delta;                 // [rows]
   T *weights, *dscores;         // scratch: words [rows, kPanel]
   float *dq, *dk, *dv;          // [rows, columns], [keys, columns] twice
 };

@@ -65,7 +65,8 @@ struct Backward {
     pack_pairs(block.rows, plan.dim, plan.columns, k.token, k.at(token, head), to.k_pairs + at);
   }
 
-  // What does not depend on the keys: q and dout for sums over queries, lse, and delta = rowsum(dout * out).
+  // What does not depend on the keys: q and dout for sums over queries, lse, and delta = rowsum(dout * out); in float
+  // that sum is taken over the keys.
   BackwardPanel<T> load(const Block& block, int64_t token, int64_t head, const BackwardState<T>& state) const {
     BackwardPanel<T> p{};
     p.q = q.at(token, head), p.dout = grad.at(token, head);
@@ -77,7 +78,10 @@ struct Backward {
     p.weights = state.weights, p.dscores = state.dscores, p.dq = state.dq;
     pack_pairs(block.rows, plan.dim, plan.columns, q.token, p.q, state.q_pairs);
     pack_pairs(block.rows, plan.dim, plan.columns, grad.token, p.dout, state.dout_pairs);
-    FASTPT_BY_ISA(attention_row_dots<T>)
+    if constexpr (std::is_same_v<T, float>)
+      std::fill_n(state.delta, block.rows, 0.0f);
+    else
+      FASTPT_BY_ISA(attention_row_dots<T>)
     (block.rows, plan.dim, grad.token, p.dout, out.token, out.at(token, head), state.delta);
     for (int64_t r = 0; r < block.rows; ++r) state.lse[r] = lse[(token + r) * plan.heads_q + head];
     std::fill_n(state.dq, block.rows * plan.columns, 0.0f);
@@ -89,17 +93,20 @@ struct Backward {
              const BackwardState<T>& state) const {
     const Sequence& s = plan.sequences[block.sequence];
     const int64_t token = s.query0 + block.first;
-    const auto run = FASTPT_BY_ISA(attention_backward_panel<T>);
     BackwardPanel<T> p = load(block, token, head, state);
     const int64_t end = plan.end_key(s, block.first + block.rows - 1);
-    for (int64_t key = plan.first_key(s, block.first); key < end; key += kPanel) {
-      const int64_t offset = key * plan.columns;
-      p.k = keys.k + offset, p.v = keys.v + offset, p.k_pairs = keys.k_pairs + offset;
-      p.dk = dk_sum + offset, p.dv = dv_sum + offset;
-      p.seen = plan.visible(block, key);
-      p.width = padded(p.seen.lanes);
-      run(p, block.rows);
-    }
+    const auto for_each_panel = [&](const auto run) {
+      for (int64_t key = plan.first_key(s, block.first); key < end; key += kPanel) {
+        const int64_t offset = key * plan.columns;
+        p.k = keys.k + offset, p.v = keys.v + offset, p.k_pairs = keys.k_pairs + offset;
+        p.dk = dk_sum + offset, p.dv = dv_sum + offset;
+        p.seen = plan.visible(block, key);
+        p.width = padded(p.seen.lanes);
+        run(p, block.rows);
+      }
+    };
+    if constexpr (std::is_same_v<T, float>) for_each_panel(FASTPT_BY_ISA(attention_delta_panel<T>));
+    for_each_panel(FASTPT_BY_ISA(attention_backward_panel<T>));
     FASTPT_BY_ISA(attention_store<T>)
     (block.rows, plan.dim, plan.columns, state.dq, plan.scale, dq.token, dq.at(token, head));
   }
@@ -193,9 +200,42 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
   return {attention_output(dq, q.size(2)), attention_output(dk, q.size(2)), attention_output(dv, q.size(2))};
 }
 
+// -sum over tokens of exp(sink - lse) * delta: a task per head, its tokens in order.
+at::Tensor attention_sinks_backward(const at::Tensor& grad, const at::Tensor& out, const at::Tensor& lse,
+                                    const at::Tensor& sinks) {
+  static const auto reference = reference_of<decltype(attention_sinks_backward)>("fastpt::attention_sinks_backward");
+  if (!is_native(out)) return reference(grad, out, lse, sinks);
+  TORCH_CHECK(out.dim() == 3 && grad.sizes() == out.sizes() && grad.scalar_type() == out.scalar_type() &&
+                  lse.sizes() == out.sizes().slice(0, 2) && sinks.sizes() == out.sizes().slice(1, 1) &&
+                  lse.scalar_type() == at::kFloat && sinks.scalar_type() == at::kFloat,
+              "attention_sinks_backward: grad ", grad.sizes(), ", out ", out.sizes(), ", lse ", lse.sizes(), ", sinks ",
+              sinks.sizes(), " do not fit");
+  const auto gi = attention_input(grad), oi = attention_input(out), li = lse.contiguous(), si = sinks.contiguous();
+  const int64_t tokens = oi.size(0), heads = oi.size(1), dim = oi.size(2);
+  auto dsinks = fresh({heads}, sinks.options());
+  const float *l = li.const_data_ptr<float>(), *s = si.const_data_ptr<float>();
+  float* sums = dsinks.mutable_data_ptr<float>();
+  by_dtype(out, [&]<typename T>() {
+    const Heads<const T> g(gi), o(oi);
+    for_each_task(heads, [&](int64_t, int64_t head) {
+      double sum = 0.0;
+      for (int64_t first = 0; first < tokens; first += kQueries) {
+        const int64_t rows = std::min(kQueries, tokens - first);
+        float delta[kQueries];
+        FASTPT_BY_ISA(attention_row_dots<T>)
+        (rows, dim, g.token, g.at(first, head), o.token, o.at(first, head), delta);
+        for (int64_t r = 0; r < rows; ++r) sum -= std::exp(s[head] - l[(first + r) * heads + head]) * delta[r];
+      }
+      sums[head] = static_cast<float>(sum);
+    });
+  });
+  return dsinks;
+}
+
 }  // namespace
 }  // namespace fastpt
 
 TORCH_LIBRARY_IMPL(fastpt, CPU, m) {
   m.impl("attention_backward", &fastpt::attention_backward);
+  m.impl("attention_sinks_backward", &fastpt::attention_sinks_backward);
 }

@@ -3,8 +3,9 @@
 #include "cpu/attention_tiles.h"
 
 // Weights e^(score - lse) and the gradient of the scores ds = p (dp - delta), times the slope of softcap, of kRows
-// queries against kLanes * kVectors keys: both for sums over queries, ds also by rows.
-template <typename T, int kRows, int kVectors>
+// queries against kLanes * kVectors keys: both for sums over queries, ds also by rows. With kDelta only p dp is added
+// up.
+template <typename T, int kRows, int kVectors, bool kDelta>
 void gradient_tile(const BackwardPanel<T>& p, int64_t row, int64_t lane, T* dscore_rows) {
   Floats s[kRows][kVectors] = {}, slope[kRows][kVectors];
   accumulate<T, false>(p.dim / kWord<T>, p.q + row * p.q_stride, p.q_stride, p.k + lane * kWord<T>, p.width, s);
@@ -22,6 +23,19 @@ void gradient_tile(const BackwardPanel<T>& p, int64_t row, int64_t lane, T* dsco
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v)
       s[r][v] = power_of_2<T>(fused(s[r][v], splat(p.scale), splat(-p.lse[row + r])), kLog2E);
+  Floats d[kRows][kVectors] = {};
+  accumulate<T, false>(p.dim / kWord<T>, p.dout + row * p.dout_stride, p.dout_stride, p.v + lane * kWord<T>, p.width,
+                       d);
+  if constexpr (kDelta) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      Floats sum = {};
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum = fused(s[r][v], d[r][v], sum);
+      p.delta[row + r] += lane_sum(sum);
+    }
+    return;
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; r += 2)
 #pragma GCC unroll 8
@@ -31,9 +45,6 @@ void gradient_tile(const BackwardPanel<T>& p, int64_t row, int64_t lane, T* dsco
   if (is_capped)
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v) s[r][v] *= slope[r][v];
-  Floats d[kRows][kVectors] = {};
-  accumulate<T, false>(p.dim / kWord<T>, p.dout + row * p.dout_stride, p.dout_stride, p.v + lane * kWord<T>, p.width,
-                       d);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
@@ -49,11 +60,11 @@ void gradient_tile(const BackwardPanel<T>& p, int64_t row, int64_t lane, T* dsco
                  r + 1 < kRows ? d[r + 1 < kRows ? r + 1 : r][v] : Floats{});
 }
 
-template <typename T, int kVectors, int kRows = kTileRows>
+template <typename T, int kVectors, bool kDelta, int kRows = kTileRows>
 FASTPT_INLINE void gradient_rows(int64_t rows, const BackwardPanel<T>& p, int64_t row, int64_t lane, T* dscore_rows) {
   if constexpr (kRows > 1)
-    if (rows < kRows) return gradient_rows<T, kVectors, kRows - 1>(rows, p, row, lane, dscore_rows);
-  gradient_tile<T, kRows, kVectors>(p, row, lane, dscore_rows);
+    if (rows < kRows) return gradient_rows<T, kVectors, kDelta, kRows - 1>(rows, p, row, lane, dscore_rows);
+  gradient_tile<T, kRows, kVectors, kDelta>(p, row, lane, dscore_rows);
 }
 
 // Zeros in weights and dscores of rows from `row` on, lanes [from, to).
@@ -66,8 +77,9 @@ void clear(const BackwardPanel<T>& p, int64_t row, int64_t height, int64_t from,
   }
 }
 
-// Weights and dscores of the whole block, zero where nothing is seen, and what they give to dq.
-template <typename T>
+// Weights and dscores of the whole block, zero where nothing is seen, and what they give to dq; or only what is
+// delta's.
+template <typename T, bool kDelta>
 void gradient_panel(const BackwardPanel<T>& p, int64_t rows) {
   alignas(64) T buffer[kTileRows * kPanel];
   const RowGroups groups(rows, 2);  // pairs of rows stay together
@@ -78,15 +90,16 @@ void gradient_panel(const BackwardPanel<T>& p, int64_t rows) {
     for (int64_t vectors; lane < end; lane += kLanes * vectors) {
       vectors = std::min<int64_t>((end - lane + kLanes - 1) / kLanes, kTileVectors);
       if (vectors == 4) {
-        gradient_rows<T, 4>(height, p, row, lane, buffer + lane);
+        gradient_rows<T, 4, kDelta>(height, p, row, lane, buffer + lane);
       } else if (vectors == 3) {
-        gradient_rows<T, 3>(height, p, row, lane, buffer + lane);
+        gradient_rows<T, 3, kDelta>(height, p, row, lane, buffer + lane);
       } else if (vectors == 2) {
-        gradient_rows<T, 2>(height, p, row, lane, buffer + lane);
+        gradient_rows<T, 2, kDelta>(height, p, row, lane, buffer + lane);
       } else {
-        gradient_rows<T, 1>(height, p, row, lane, buffer + lane);
+        gradient_rows<T, 1, kDelta>(height, p, row, lane, buffer + lane);
       }
     }
+    if constexpr (kDelta) continue;
     clear(p, row, height, 0, begin);
     clear(p, row, height, lane, p.width);
     const T* dscore_rows = std::is_same_v<T, float> ? p.dscores + row * kPanel : buffer;
@@ -96,9 +109,16 @@ void gradient_panel(const BackwardPanel<T>& p, int64_t rows) {
   }
 }
 
+// Adds to delta what a panel gives to the sum of p dp: in float, delta then errs as the dp do that it is taken from,
+// where dout . out has roundings of its own.
+template <typename T>
+void attention_delta_panel(const BackwardPanel<T>& p, int64_t rows) {
+  gradient_panel<T, true>(p, rows);
+}
+
 template <typename T>
 void attention_backward_panel(const BackwardPanel<T>& p, int64_t rows) {
-  gradient_panel(p, rows);
+  gradient_panel<T, false>(p, rows);
   // Keys in strips, each with the queries that see some of it; one strip where all see all.
   const bool is_full = p.seen.first(rows - 1) == 0 && p.seen.last(0) == p.seen.lanes;
   const int64_t strip = is_full ? p.width : kLanes;

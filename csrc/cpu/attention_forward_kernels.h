@@ -82,17 +82,23 @@ void attention_forward_panel(const ForwardPanel<T>& p, int64_t rows) {
   }
 }
 
-// What the last panel leaves to do. lse in double: backward has but this one float for a row's scores, whose rounding
-// error is then no more than that of a score.
+// What the last panel leaves to do; a sink counts as one key more, of value 0. lse in double: backward has but this one
+// float for a row's scores, whose rounding error is then no more than that of a score.
 template <typename T>
-void attention_forward_finish(const ForwardPanel<T>& p, int64_t rows, T* out, int64_t out_stride, float* lse,
-                              int64_t lse_stride) {
+void attention_forward_finish(const ForwardPanel<T>& p, int64_t rows, const float* sink, T* out, int64_t out_stride,
+                              float* lse, int64_t lse_stride) {
   for (int64_t r = 0; r < rows; ++r) {
     const float sum = lane_sum(load_vector<Floats>(p.sum + kLanes * r));
     const bool sees_any = sum != 0.0f;  // NaN counts as seen
     const double exact = static_cast<double>(p.max[r]) * p.scale + std::log(static_cast<double>(sum));
     lse[r * lse_stride] = sees_any ? static_cast<float>(exact) : std::numeric_limits<float>::infinity();
-    const float factor = sees_any ? 1.0f / sum : 0.0f;
+    float factor = sees_any ? 1.0f / sum : 0.0f;
+    if (sink != nullptr) {
+      const double total =
+          sees_any ? std::max(exact, double{*sink}) + std::log1p(std::exp(-std::abs(exact - *sink))) : double{*sink};
+      lse[r * lse_stride] = static_cast<float>(total);
+      factor *= sees_any ? static_cast<float>(std::exp(exact - total)) : 0.0f;
+    }
     attention_store(1, p.dim, p.columns, p.out + r * p.columns, factor, out_stride, out + r * out_stride);
   }
 }

@@ -1,6 +1,6 @@
 """The name "fastpt" in transformers' attention table: any model's heads through the attention op, padding left out.
 
-What the op does not do (KV cache, dense masks, dropout, sinks, position bias, weights asked for) takes transformers' own
+What the op does not do (KV cache, dense masks, dropout, position bias, weights asked for) takes transformers' own
 path for that call, with the same mask made dense.
 """
 
@@ -22,6 +22,7 @@ from fastpt.fusion.layout import Layout, attention_mask
 from fastpt.ops import attention
 
 NAME = "fastpt"
+SINKS = "s_aux"  # by this keyword models pass them
 
 # What models pass through **kwargs that says nothing about which token sees which; anything else set sends the call
 # to transformers' own path.
@@ -46,7 +47,10 @@ def recording() -> Iterator[list[dict[str, Any]]]:
         _recorded.reset(token)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float | None, softcap: float | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float | None, softcap: float | None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attention over the flattened tokens of a layout; padded queries get 0 where their row is causal.
 
     Shapes: q [T, Hq, K], k, v [T, Hkv, K] with T = B * S -> [T, Hq, K].
@@ -59,7 +63,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float | No
         q = q.index_select(0, queries)
     out = attention(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        causal=layout.causal, window=layout.window, softcap=softcap, scale=scale,
+        causal=layout.causal, window=layout.window, softcap=softcap, scale=scale, sinks=sinks,
     )  # fmt: skip
     return out if queries is None else out.new_zeros(tokens, *out.shape[1:]).index_copy(0, queries, out)
 
@@ -84,9 +88,9 @@ def attention_forward(
     if isinstance(layout, Layout):
         layout = layout.given(kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
         is_served = layout.has_spans and query.shape[2] == layout.length == key.shape[2]
-        if is_served and not extra and dropout == 0 and not asks_for_weights(module, kwargs):
+        if is_served and not extra.keys() - {SINKS} and dropout == 0 and not asks_for_weights(module, kwargs):
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in same_dtype(query, key, value))
-            out = attend(q, k, v, layout, scale=scaling, softcap=softcap)
+            out = attend(q, k, v, layout, scale=scaling, softcap=softcap, sinks=kwargs.get(SINKS))
             return out.unflatten(0, (layout.batch, layout.length)), None
     return _as_transformers_does(module, query, key, value, layout, dropout, scaling, softcap, kwargs)
 
@@ -122,7 +126,7 @@ def _as_transformers_does(
 ) -> tuple[Tensor, Tensor | None]:
     """scaled_dot_product_attention, or the model's own eager function where that one cannot do it."""
     eager = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
-    needs_eager = softcap is not None or kwargs.get("s_aux") is not None or asks_for_weights(module, kwargs)
+    needs_eager = softcap is not None or kwargs.get(SINKS) is not None or asks_for_weights(module, kwargs)
     is_plain = isinstance(mask, Layout) and mask.padding is mask.documents is mask.cu_seqlens is mask.window is None
     if isinstance(mask, Layout):
         kwargs = {**kwargs, "is_causal": mask.causal}

@@ -84,20 +84,22 @@ def _served(module: str, op: str, device: str) -> Row:
 
 
 def _attention(
-    module: str, op: str, weight: Tensor, head_dim: int, window: object = None, softcap: object = None
-) -> Row:
+    module: str, op: str, weight: Tensor, head_dim: int, window: object = None, softcap: object = None,
+    sinks: object = None,
+) -> Row:  # fmt: skip
     """Attention over activations of a weight's dtype: on a GPU any of several kernels may serve it."""
     if not weight.is_cuda:
         return _served(module, op, weight.device.type)
     dtype, dropout_p = product_dtype(weight.dtype, weight.device), float(op == "attention_dropout")
-    return Row(module, op, *serving(call_of(weight.device, dtype, head_dim, window, softcap, dropout_p)))
+    return Row(module, op, *serving(call_of(weight.device, dtype, head_dim, window, softcap, dropout_p, sinks)))
 
 
 def _attention_of(path: str, config: Any, model: nn.Module) -> Row:
     """The one of a whole model, from its config."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     options = getattr(config, "sliding_window", None), getattr(config, "attn_logit_softcapping", None)
-    return _attention(f"{path} attention".strip(), "attention", next(model.parameters()), head_dim, *options)
+    sinks = next((part.sinks for part in model.modules() if "sinks" in part._parameters), None)
+    return _attention(f"{path} attention".strip(), "attention", next(model.parameters()), head_dim, *options, sinks)
 
 
 def _op_of(linears: Linears) -> str:

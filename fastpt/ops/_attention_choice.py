@@ -25,6 +25,7 @@ class Call:
     window: bool = False
     softcap: bool = False
     dropout: bool = False
+    sinks: bool = False
 
 
 class Choice(NamedTuple):
@@ -80,7 +81,7 @@ def _unfit_sdpa(call: Call) -> str | None:
         return f"sm_{call.arch}, older than sm_80"
     if call.head_size % 8 != 0:
         return f"head size {call.head_size} is no multiple of 8"
-    wanted = {"window": call.window, "softcap": call.softcap, "dropout by seed": call.dropout}
+    wanted = {"window": call.window, "softcap": call.softcap, "dropout by seed": call.dropout, "sinks": call.sinks}
     lacking = [option for option, is_wanted in wanted.items() if is_wanted]
     return f"no {' and '.join(lacking)}" if lacking else None
 
@@ -95,6 +96,6 @@ def _unfit(limits: Limits, call: Call) -> str | None:
         return f"head size {call.head_size} is no multiple of 8 up to {limits.head_size}"
     if call.dropout:
         return "drops by a rule of its own, not by the seed"
-    wanted = {"window": call.window, "softcap": call.softcap}
+    wanted = {"window": call.window, "softcap": call.softcap, "sinks": call.sinks}
     lacking = [option for option, is_wanted in wanted.items() if is_wanted and option not in limits.options]
     return f"no {' and '.join(lacking)}" if lacking else None

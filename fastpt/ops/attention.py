@@ -14,7 +14,8 @@ from fastpt.ops import _workspace
 from fastpt.ops._dropout import drawn_seed, factors
 from fastpt.ops._library import Cost, nbytes, register
 
-# The raw ops' tail of arguments, in this order everywhere below.
+# The raw ops' tail of arguments, in this order everywhere below; sinks come by name, to forward alone: backward finds them
+# in lse.
 _OPTIONS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, int? window, float? softcap, float scale"
 
 
@@ -79,15 +80,19 @@ def reference(
     scale: float,
     dropout_p: float = 0.0,
     seed: int = 0,
+    *,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [Tq, Hq, K] and lse [Tq, Hq], one sequence at a time.
 
-    A query that sees no key gets out 0 and lse +inf: exp(score - lse) is then 0 in backward too.
+    A query that sees no key gets out 0 and, without a sink, lse +inf: exp(score - lse) is then 0 in backward too.
     """
     out, lse = _empty_outputs(q)
     for rows, keys in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
         scores, _ = _scores(q[rows], k[keys], causal, window, softcap, scale)
         total = scores.logsumexp(-1)  # [Hkv, G, Tq]
+        if sinks is not None:
+            total = total.logaddexp(sinks.view(k.shape[1], -1, 1))
         total = total.masked_fill(total == float("-inf"), float("inf"))
         weights = (scores - total[..., None]).exp()
         if dropout_p > 0:
@@ -139,7 +144,12 @@ def _kept(q: Tensor, k: Tensor, rows: slice, weights: Tensor, dropout_p: float, 
     return drawn.view(len(q[rows]), k.shape[1], heads // k.shape[1], length).permute(1, 2, 0, 3).to(weights.dtype)
 
 
-def _empty_outputs(q: Tensor, *_) -> tuple[Tensor, Tensor]:
+def sinks_backward_reference(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # [Tq, Hq]
+    return -((sinks - lse).exp() * delta).sum(0)
+
+
+def _empty_outputs(q: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
@@ -159,9 +169,9 @@ def _pairs(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tens
     return pairs * q.shape[1]
 
 
-def _cost(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale) -> Cost:
+def _cost(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale, sinks=None) -> Cost:
     products = 2 * 2 * q.shape[2] * _pairs(q, k, cu_seqlens_q, cu_seqlens_k, causal, window)
-    return Cost(nbytes(q, k, v), nbytes(q) + 4 * q.shape[0] * q.shape[1], products)
+    return Cost(nbytes(q, k, v, sinks), nbytes(q) + 4 * q.shape[0] * q.shape[1], products)
 
 
 def _cost_backward(
@@ -172,7 +182,7 @@ def _cost_backward(
 
 
 _forward = register(
-    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, *, Tensor? sinks=None) -> (Tensor, Tensor)",
     reference=reference,
     fake=_empty_outputs,
     cost=_cost,
@@ -187,6 +197,14 @@ _backward = register(
     cost=_cost_backward,
     triton="fastpt.ops._attention_gpu:backward",
     workspace=_workspace.attention_backward,
+)
+
+_sinks_backward = register(
+    "attention_sinks_backward(Tensor grad, Tensor out, Tensor lse, Tensor sinks) -> Tensor",
+    reference=sinks_backward_reference,
+    fake=lambda grad, out, lse, sinks: sinks.new_empty(sinks.shape),
+    cost=lambda grad, out, lse, sinks: Cost(nbytes(grad, out, lse, sinks), nbytes(sinks), 2 * out.numel()),
+    triton="fastpt.kernels.attention_sinks:backward",
 )
 
 # With dropout of the weights. Ops of their own: encoders use them in training, on short sequences, and their CPU kernel is
@@ -225,16 +243,19 @@ class _DroppedAttention(torch.autograd.Function):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale):
-        out, lse = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
+    def forward(ctx, q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale):
+        out, lse = _forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale, sinks=sinks)
+        ctx.save_for_backward(sinks, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k)
         ctx.options = causal, window, softcap, scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+        sinks, *saved = ctx.saved_tensors
+        _, _, _, out, lse, *_ = saved
+        dsinks = _sinks_backward(grad, out, lse, sinks) if ctx.needs_input_grad[3] else None
+        return *_backward(grad, *saved, *ctx.options), dsinks, None, None, None, None, None, None
 
 
 def attention(
@@ -250,6 +271,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention over packed sequences: softmax of the visible scores, times v.
 
@@ -258,27 +280,32 @@ def attention(
     or for cu_seqlens_k: the same as cu_seqlens_q. Query i of a sequence stands at key i + (its Tk - its Tq).
     dropout_p of the weights are dropped, by a hash of seed (by default one from torch's generator), query and key.
     causal: keys up to there. window: keys less than `window` away. softcap c: c tanh(score / c). scale: K ** -0.5.
+    sinks [Hq]: each head's sum of weights also counts exp(sink), as of a key that every query sees and whose value is 0.
     Numerics: scores, softmax and sums in float32; probabilities and their gradient enter the second product in q's
     dtype. A query that sees no key gets zeros. A token's output does not depend on its neighbours in the pack.
-    Raises: RuntimeError when shapes, dtypes or cu_seqlens do not fit; a GPU kernel holds wrong values of cu_seqlens within
-    the tensors instead, since to look at them would be to wait for it.
+    Raises: RuntimeError when shapes, dtypes or cu_seqlens do not fit, and for dropout beside sinks; a GPU kernel holds wrong
+    values of cu_seqlens within the tensors instead, since to look at them would be to wait for it.
     Source: Dao 2023, https://arxiv.org/abs/2307.08691.
     """
     if cu_seqlens_k is cu_seqlens_q:  # torch.compile refuses one tensor twice
         cu_seqlens_k = None
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, softcap, scale)
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, softcap, scale, sinks)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if not 0 <= dropout_p <= 1:
         raise RuntimeError(f"attention: dropout_p is {dropout_p}; it must lie between 0 and 1")
     if dropout_p > 0:
+        if sinks is not None:
+            raise RuntimeError(f"attention: dropout_p is {dropout_p}, but no kernel drops weights beside sinks")
         seed = drawn_seed(dropout_p) if seed is None else seed
         return _DroppedAttention.apply(
             q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale, dropout_p, seed
         )
-    return _Attention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale)
+    if sinks is not None:
+        sinks = sinks.to(torch.promote_types(q.dtype, torch.float32))
+    return _Attention.apply(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale)
 
 
-def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, softcap, scale) -> None:
+def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, softcap, scale, sinks) -> None:
     shapes = f"q {list(q.shape)} {q.dtype}, k {list(k.shape)} {k.dtype}, v {list(v.shape)} {v.dtype}"
     if not (q.dim() == k.dim() == 3 and k.shape == v.shape and q.dtype == k.dtype == v.dtype):
         raise RuntimeError(f"attention: {shapes}; they must be [Tq, Hq, K], [Tk, Hkv, K], [Tk, Hkv, K] of one dtype")
@@ -292,3 +319,7 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window, softcap, scale) -> None:
         raise RuntimeError(f"attention: softcap is {softcap}; give a positive number or None")
     if scale is not None and scale <= 0:
         raise RuntimeError(f"attention: scale is {scale}; give a positive number or None")
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise RuntimeError(
+            f"attention: sinks is {list(sinks.shape)}; it must be [{q.shape[1]}], one for each query head"
+        )

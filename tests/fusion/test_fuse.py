@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from fastpt.fusion.explain import _attention
 from fastpt.fusion.fuse import handle_of
 from fastpt.ops import _flash_attention
 from fastpt.ops._attention_gpu import serving
+from tests.fusion.test_blocks import Calls
 from tests.tiny import DECODERS, FAMILIES, tiny_model
 
 
@@ -246,6 +248,38 @@ def test_attention_alone_by_its_name():
         assert "forward" not in model.__dict__
 
 
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_attention_sinks_of_gpt_oss(is_fused):
+    """By its name and fused: logits and the gradients of sinks and projections, packed and with padding."""
+    model, ids = tiny_model("gpt_oss", attn_implementation="eager").train(), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, 13:] = 0
+    lengths = torch.tensor([0, 12, 20])
+    documents = {"position_ids": torch.cat([torch.arange(n) for n in lengths.diff()])[None]}
+    calls = [(ids, {"attention_mask": mask}, mask), (ids[:1], documents, mask[:1] * 0 + 1)]
+
+    def run():
+        found = []
+        for given, extra, kept in calls:
+            model.zero_grad()
+            logits = model(input_ids=given, **extra).logits[kept.bool()]
+            logits.square().mean().backward()
+            found.append([logits, *(p.grad for n, p in model.named_parameters() if "self_attn" in n)])
+        return found
+
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.copy_(torch.linspace(-2, 2, 4))
+    expected = run()
+    with fastpt.fuse(model) if is_fused else nullcontext():
+        if not is_fused:
+            model.set_attn_implementation("fastpt")
+        with Calls() as called:
+            got = run()
+    assert called.found["fastpt::attention_sinks_backward"] == called.found["fastpt::attention"] == 4
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_explain_lists_every_part(capsys):
     model = get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     before = snapshot(model)
@@ -273,10 +307,13 @@ def test_explain_says_which_attention_kernel_a_gpu_runs_and_why(monkeypatch):
     serving.cache_clear()
     row = _attention("layer", "attention", weight, 128, None, 30.0)
     dropped = _attention("layer", "attention_dropout", weight, 128)
+    sunk = _attention("layer", "attention", weight, 64, sinks=weight)
     serving.cache_clear()
     assert row == ("layer", "attention", "FlashAttention 3", "FlashAttention 4: not installed")
     assert dropped.kernel == "Triton"
     assert "not by the seed" in dropped.reason
+    assert sunk.kernel == "Triton"
+    assert "FlashAttention 3: no sinks" in sunk.reason
 
 
 @pytest.mark.parametrize("is_tied", [False, True])

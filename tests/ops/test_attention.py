@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from fastpt.ops import attention
-from fastpt.ops.attention import _backward, _forward
+from fastpt.ops.attention import _backward, _forward, _sinks_backward
 from tests.helpers import DTYPES, check_against_eager, check_compiles, check_opcheck, check_retain_graph
 
 
-def eager(q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, causal=True, window=None, softcap=None, scale=None):
-    """What transformers runs on each sequence: torch's SDPA with a mask; with softcap, its eager attention."""
+def eager(
+    q, k, v, sinks=None, *, cu_seqlens_q=None, cu_seqlens_k=None, causal=True, window=None, softcap=None, scale=None
+):
+    """What transformers runs on each sequence: torch's SDPA with a mask; with softcap or sinks, its eager attention."""
     cu_q = [0, len(q)] if cu_seqlens_q is None else cu_seqlens_q.tolist()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -26,10 +28,14 @@ def eager(q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, causal=True, window=
         seen = distance <= 0 if causal else distance < k1 - k0 + q1 - q0
         if window:
             seen = seen & (distance.abs() < window)
-        if softcap:
-            scores = torch.tanh(query @ key.transpose(1, 2) * scale / softcap) * softcap
-            weights = scores.masked_fill(~seen, float("-inf"))
-            out = weights.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ value
+        if softcap or sinks is not None:
+            scores = query @ key.transpose(1, 2) * scale
+            scores = torch.tanh(scores / softcap) * softcap if softcap else scores
+            scores = scores.masked_fill(~seen, float("-inf"))
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, q1 - q0, 1)], -1)
+            weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+            out = weights[..., : k1 - k0] @ value
         else:
             heads = query[None], key[None], value[None]
             out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale)[0]
@@ -118,6 +124,45 @@ def test_queries_that_see_nothing_give_zeros(dtype):
     seeing = [qkv[0][70:100].detach().requires_grad_(), *qkv[1:]]
     torch.testing.assert_close(out[70:100], attention(*seeing), rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
     assert all(x.isfinite().all() and x.ne(0).any() for x in (dk, dv))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("mask", MASKS)
+def test_sinks(mask, dtype):
+    """Above all scores, below them and between; lengths 100 and 30: the first 70 see no key, nor do the last 5."""
+    options = {"cu_seqlens_q": cu(100, 1, 0, 49, 5), "cu_seqlens_k": cu(30, 1, 0, 120, 0), **MASKS[mask]}
+    sinks = torch.tensor([0.5, -3.0, 12.0, 0.0]).requires_grad_()
+    given = [*inputs(155, 4, 2, 32, tokens_k=151), sinks]
+    check_against_eager(
+        lambda *x: attention(*x[:3], sinks=x[3], **options), lambda *x: eager(*x, **options), given, dtype=dtype
+    )
+    q, k, v, sinks = (x.detach().to(dtype) for x in given)
+    tail = None, MASKS[mask].get("softcap"), 0.3
+    out, lse = _forward(q[:5], k[:0], v[:0], cu(5), cu(0), True, *tail, sinks=sinks.float())
+    assert out.eq(0).all()
+    torch.testing.assert_close(lse, sinks.float().expand(5, 4))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks_of_other_layouts_and_dtypes(dtype):
+    """Many tokens, an odd head size, strided sinks in float32 beside q in bfloat16; frozen ones cost and get nothing."""
+    qkv = inputs(170, 3, 1, 5, dtype=dtype)
+    strided = torch.randn(3, 2)[:, 0].requires_grad_()
+    out = attention(*qkv, sinks=strided)
+    grad = torch.randn_like(out)
+    first = torch.autograd.grad(out, [*qkv, strided], grad, retain_graph=True)
+    second = torch.autograd.grad(attention(*qkv, sinks=strided.detach()), qkv, grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=False))
+    assert torch.equal(first[3], torch.autograd.grad(out, strided, grad)[0])
+    wide = [x.detach().double().requires_grad_() for x in (*qkv, strided)]
+    expected = torch.autograd.grad(eager(*wide), wide, grad.double())
+    torch.testing.assert_close(first[3], expected[3].float(), rtol=0, atol=1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_no_tokens_leave_sinks_without_gradient():
+    sinks = torch.randn(4, requires_grad=True)
+    attention(*inputs(0, 4, 2, 16), sinks=sinks).sum().backward()
+    assert sinks.grad.eq(0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -209,14 +254,20 @@ def test_gradcheck_opcheck_compile_retain_graph():
     wide = inputs(9, 2, 1, 3, dtype=torch.float64)
     for options in ({}, {"window": 3, "softcap": 2.0}, {"causal": False, "window": 2}):
         assert torch.autograd.gradcheck(lambda *x, o=options: attention(*x, cu_seqlens_q=cu(3, 0, 6), **o), wide)
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *x: attention(*x[:3], cu_seqlens_q=cu(3, 6), sinks=x[3]), [*wide, sinks])
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         plain = [x.detach() for x in inputs(20, 4, 2, 8, dtype=dtype)]
         options = (cu(5, 15), None, True, 9, None, 0.5)
         check_opcheck(_forward, *plain, *options)
         check_opcheck(_backward, plain[0] + 1, *plain, *_forward(*plain, *options), *options)
+        sinks = torch.randn(4, dtype=torch.promote_types(dtype, torch.float32))
+        check_opcheck(_forward, *plain, *options, sinks=sinks)
+        check_opcheck(_sinks_backward, plain[0] + 1, *_forward(*plain, *options, sinks=sinks), sinks)
     wanted = inputs(20, 4, 2, 8)
     check_compiles(attention, *wanted)
     check_compiles(lambda *x: attention(*x, cu_seqlens_q=cu_pack, cu_seqlens_k=cu_pack, window=4), *wanted)
+    check_compiles(lambda *x: attention(*x[:3], sinks=x[3]), *wanted, torch.randn(4, requires_grad=True))
     check_retain_graph(attention, *wanted)
 
 
@@ -262,6 +313,10 @@ def test_errors_name_the_shapes(request):
         attention(q, k, v, cu_seqlens_k=cu(10))
     with pytest.raises(RuntimeError, match="window is 0"):
         attention(q, k, v, window=0)
+    with pytest.raises(RuntimeError, match=r"sinks is \[2\]; it must be \[4\]"):
+        attention(q, k, v, sinks=torch.randn(2))
+    with pytest.raises(RuntimeError, match="beside sinks"):
+        attention(q, k, v, sinks=torch.randn(4), dropout_p=0.1)
     with pytest.raises(RuntimeError, match="softcap is -1"):
         attention(q, k, v, softcap=-1.0)
     with pytest.raises(RuntimeError, match=r"scale is -0\.5"):

@@ -38,7 +38,9 @@ NOTHING = dict.fromkeys(FLASH_ATTENTION, "not installed")
         (Call(90, torch.float32, 128), TRITON),
         (Call(90, BF16, 100), TRITON),
         (Call(90, BF16, 64, dropout=True), TRITON),
+        (Call(90, BF16, 64, window=True, sinks=True), TRITON),
         (Call(90, BF16, 512), SDPA),
+        (Call(90, BF16, 512, sinks=True), REFERENCE),
         (Call(120, torch.float32, 264), SDPA),
         (Call(90, BF16, 260), REFERENCE),
         (Call(90, BF16, 512, window=True), REFERENCE),
@@ -97,6 +99,17 @@ def test_sdpa_where_it_is_chosen(lengths_q, lengths_k, causal, dtype, monkeypatc
     expected = reference(*plain, *bounds, causal, None, None, 0.1)
     torch.testing.assert_close(lse, expected[1], rtol=1e-4, atol=1e-4)
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_sdpas_backward_is_right_beside_sinks(causal):
+    """They are in lse: no backward asks for them, so any may serve."""
+    q, k, v = (x.detach() for x in packed(torch.float32))
+    tail = torch.tensor([0, 20, 33]), torch.tensor([0, 12, 40]), causal
+    out, lse = reference(q, k, v, *tail, None, None, 0.1, sinks=torch.linspace(-2, 4, 4))
+    expected = reference_backward(out + 1, q, k, v, out, lse, *tail, None, None, 0.1)
+    for a, b in zip(sdpa.backward(out + 1, q, k, v, out, lse, *tail, 0.1), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 class _BySDPA(torch.autograd.Function):

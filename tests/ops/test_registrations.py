@@ -5,6 +5,7 @@ No GPU is needed: the fake implementations stand for CUDA tensors, and the inter
 
 import inspect
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -129,20 +130,26 @@ def schema_names(op) -> list[str]:
     return [argument.name for argument in op.overload._schema.arguments]
 
 
-def misfit(names: list[str], function) -> str | None:
-    """Why a Python function cannot take the schema's arguments by position and by name, or None."""
+def misfit(names: list[str], function, by_name: Sequence[str] = ()) -> str | None:
+    """Why a Python function cannot take the schema's arguments by position (those of `by_name` by name), or None."""
     parameters = list(inspect.signature(function).parameters.values())
     found = [p.name for p in parameters[: len(names)]]
     if found != names:
         return f"takes {found}, the schema has {names}"
-    further = [p.name for p in parameters[len(names) :] if p.default is inspect.Parameter.empty]
+    if lacking := set(by_name) - {p.name for p in parameters[len(names) :]}:
+        return f"does not take {sorted(lacking)}, which the schema has"
+    further = [
+        p.name for p in parameters[len(names) :] if p.default is inspect.Parameter.empty and p.name not in by_name
+    ]
     return f"asks for {further} beyond the schema" if further else None
 
 
 @pytest.mark.parametrize("op", WITH_TRITON, ids=lambda op: op.name)
 def test_triton_launchers_take_the_schemas_arguments(op):
     module, function = op.triton_launcher.split(":")
-    assert misfit(schema_names(op), getattr(import_module(module), function)) is None
+    by_name = [argument.name for argument in op.overload._schema.arguments if argument.kwarg_only]
+    by_place = [name for name in schema_names(op) if name not in by_name]
+    assert misfit(by_place, getattr(import_module(module), function), by_name) is None
 
 
 @cache
@@ -189,5 +196,6 @@ def test_planted_deviations_are_seen():
     assert "the schema has ['gate', 'up']" in misfit(names, swapped)
     assert "upper" in misfit(names, renamed)
     assert "beyond the schema" in misfit(names, longer)
+    assert "does not take ['out']" in misfit(names, sound, ["out"])
     planted = 'at::Tensor swiglu(const at::Tensor& up, std::array<bool, 2> gate) {}\nm.impl("swiglu", &fastpt::swiglu);'
     assert parameters_in(planted) == {"swiglu": ["up", "gate"]}

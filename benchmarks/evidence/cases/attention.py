@@ -12,10 +12,17 @@ from fastpt.ops import attention
 from fastpt.ops._library import OPS
 from fastpt.ops.attention import _kept, _pairs, _sequences, _visible
 
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, **options) -> Tensor:
+    return attention(q, k, v, sinks=sinks, **options)
+
+
 KERNELS = ("attention_forward", "attention_dq", "attention_dkdv")
 
 
-def definition(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, seed: int = 0, **options) -> Tensor:
+def definition(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, *, dropout_p: float = 0.0, seed: int = 0, **options
+) -> Tensor:
     """transformers' eager attention, one sequence at a time: products in q's dtype, softmax in float32."""
     cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale = _tail(q, **options)
     parts = []
@@ -26,7 +33,10 @@ def definition(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float = 0.0, seed:
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~_visible(q[rows], k[keys], causal, window), float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, len(q[rows]), 1)], -1)
         weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        weights = weights[..., : len(key[0])]
         if dropout_p > 0:
             weights = weights * _kept(q, k, rows, weights, dropout_p, seed).flatten(0, 1)
         parts.append((weights @ value).transpose(0, 1))
@@ -44,6 +54,11 @@ def _inputs(
     q = make(tokens, heads, dim, grad=True, dtype=dtype)
     k, v = (make(tokens, heads_k, dim, grad=True, dtype=dtype) for _ in range(2))
     return Inputs(f"{tokens}x{heads}:{heads_k}x{dim}{name}", (q, k, v), options)
+
+
+def _with_sinks(make: Make, inputs: Inputs) -> Inputs:
+    sinks = make(inputs.args[0].shape[1], grad=True, dtype=torch.float32)
+    return Inputs(f"{inputs.name}, sinks", (*inputs.args, sinks), inputs.kwargs)
 
 
 def _pack(*lengths: int) -> Tensor:
@@ -64,6 +79,9 @@ def numbers(make: Make) -> Iterator[Inputs]:
 
 def grouped_numbers(make: Make) -> Iterator[Inputs]:
     yield _inputs(make, ", packed", 96, 8, 2, 64, cu_seqlens_q=_pack(40, 56))
+    yield _with_sinks(
+        make, _inputs(make, ", packed, window 7", 150, 6, 2, 40, cu_seqlens_q=_pack(130, 0, 20), window=7)
+    )
 
 
 def real(make: Make) -> Iterator[Inputs]:
@@ -74,6 +92,7 @@ def real(make: Make) -> Iterator[Inputs]:
 def grouped_real(make: Make) -> Iterator[Inputs]:
     yield _inputs(make, ", packed", 4096, 32, 8, 128, cu_seqlens_q=_pack(2048, 2048))  # Llama-3.1-8B
     yield _inputs(make, ", packed", 4096, 9, 3, 64, cu_seqlens_q=_pack(2048, 2048))  # SmolLM2-135M
+    yield _with_sinks(make, _inputs(make, ", window 128", 4096, 64, 8, 64, window=128))  # GPT-OSS-20B
     pack = {"cu_seqlens_q": _pack(2048, 2048)}
     yield _inputs(
         make, ", packed, window 1024, softcap 50", 4096, 32, 16, 128, **pack, window=1024, softcap=50.0
@@ -108,12 +127,12 @@ def grouped_traffic(make: Make) -> Inputs:
     return _inputs(make, "", 512, 4, 1, 64)
 
 
-def floor(q: Tensor, k: Tensor, v: Tensor, **options) -> tuple[int, int]:
+def floor(q: Tensor, k: Tensor, v: Tensor, *_, **options) -> tuple[int, int]:
     tail, lse = _tail(q, **options), q.new_empty(q.shape[:2], dtype=torch.float32)
     return OPS["attention"].cost(q, k, v, *tail).bytes, OPS["attention_backward"].cost(q, q, k, v, q, lse, *tail).bytes
 
 
-def product(q: Tensor, k: Tensor, v: Tensor, **options) -> int:
+def product(q: Tensor, k: Tensor, v: Tensor, *_, **options) -> int:
     """FLOPs of one of attention's products over the pairs that see each other."""
     cu_seqlens_q, cu_seqlens_k, causal, window, *_ = _tail(q, **options)
     return 2 * q.shape[2] * _pairs(q, k, cu_seqlens_q, cu_seqlens_k, causal, window)
@@ -125,7 +144,7 @@ def _case(
     return Case(
         op="attention",
         name=name,
-        function=attention,
+        function=attend,
         reference=definition,
         numbers=numbers,
         real=real,
