@@ -104,6 +104,7 @@ TABLE: dict[str, dict[int, Entries]] = {
     "attention_forward_float32": {
         80: [
             (64, {"rows": 32, "columns": 32, "warps": 8, "stages": 2}),
+            (128, {"rows": 32, "columns": 16, "warps": 8, "stages": 2}),
             (256, {"rows": 16, "columns": 16, "warps": 8, "stages": 2}),
         ]
     },
