@@ -23,8 +23,10 @@ from fastpt.data.batches import Batch, collate
 from fastpt.data.example import Example
 from fastpt.errors import ConfigError
 from fastpt.memory import gib
+from fastpt.nf4 import is_quantised, layers_of
+from fastpt.nf4_loading import is_bitsandbytes
 from fastpt.objectives import make_objective
-from fastpt.optim import make_optimizer
+from fastpt.optim import StepInBackward, make_optimizer
 from fastpt.scorer import ModelScorer
 from fastpt.skeleton import skeleton
 from fastpt.tracing import MemoryTrace, NothingComputed
@@ -130,21 +132,22 @@ class Planner:
     """Traces of one configuration under different choices."""
 
     def __init__(self, config: Config, model: Any = None, max_length: int | None = None):
-        if config.method.name == "qlora":
-            raise ConfigError('a plan of 4-bit weights is still to come: leave memory_limit out, or plan method="lora"')
         self.config = config
         self.device = models.choose_device(config.device)
         self.dtype, _ = models.choose_precision(config.precision, self.device)
         live, self.method = model if model is not None else config.model, config.method
+        self.is_quantised = config.method.name == "qlora"
         if isinstance(live, nn.Module):
+            self.is_quantised |= is_quantised(live)
             if is_adapter_model(live):  # it keeps the adapter that it has
                 self.method = _method_of(live)
                 live = live.get_base_model()  # type: ignore[operator]
             self.cls: Any = type(live)
             self.model_config = live.config
-            self.dtype = next(live.parameters()).dtype
+            self.dtype = next(p.dtype for p in live.parameters() if p.is_floating_point())
         else:
             self.model_config, self.cls = models.load_config(live, config.trust_remote_code), None
+            self.is_quantised |= is_bitsandbytes(self.model_config)
         self.positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or 1 << 17
         self.max_length = max_length or config.max_length or min(self.positions, DEFAULT_MAX_LENGTH)
         self.tokens = config.micro_batch_tokens or max(2048, self.max_length)
@@ -160,7 +163,7 @@ class Planner:
     @cached_property
     def model(self) -> Any:
         """The skeleton that all traces run on."""
-        made = skeleton(self.model_config, self.method, self.dtype, cls=self.cls)
+        made = skeleton(self.model_config, self.method, self.dtype, cls=self.cls, is_quantised=self.is_quantised)
         for p in made.parameters():
             if p.requires_grad and p.dtype != torch.float32:
                 p.grad_dtype = torch.float32
@@ -252,18 +255,21 @@ def _trace(planner: Planner, choice: Choice) -> Plan:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state = trace.live
-        hooks = _count_gradients(parameters, trace)
+        stepper = StepInBackward(optimizer) if config.optim.in_backward else None  # type: ignore[arg-type]
+        hooks = [] if stepper else _count_gradients(parameters, trace)  # that one's gradients come and go
         retained = -1
         while (
             retained < trace.retained
         ):  # again where ops kept memory: from the next step on it is there from the beginning
             retained = trace.retained
             trace.new_step()
-            for _ in range(2 if accumulates else 1):
+            for _ in range(1 if stepper or not accumulates else 2):
+                if stepper:
+                    stepper.begin()
                 objective.loss(scorer, batch)[0].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    for hook in hooks:
+    for hook in [*hooks, *([stepper] if stepper else [])]:
         hook.remove()
     begun = min((trace.before[name] for name in HEAD_OPS if name in trace.before), default=state)
     peak = trace.peak
@@ -316,4 +322,5 @@ def _weights(model: nn.Module) -> tuple[int, int]:
     """Bytes of the base model's weights and of adapters; layers that share memory here will not share it."""
     named = dict(model.named_parameters())  # each parameter once: tied weights are one
     adapters = sum(p.nbytes for name, p in named.items() if "lora_" in name or "modules_to_save" in name)
-    return sum(p.nbytes for p in named.values()) - adapters, adapters
+    scales = sum(t.nbytes for _, layer in layers_of(model) for t in (layer.absmax, layer.nested) if t is not None)
+    return sum(p.nbytes for p in named.values()) + scales - adapters, adapters

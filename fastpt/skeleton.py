@@ -17,19 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastpt.adapters import apply_method
 from fastpt.config import MethodConfig
 from fastpt.fusion import fuse
+from fastpt.models import quantised_in_place
+from fastpt.nf4 import layers_of
 
 _RANDOM = {"normal_", "uniform_", "random_", "bernoulli_", "trunc_normal_", "erfinv_", "clamp_", "mul_", "add_"}
 
 
 def skeleton(
-    config: Any, method: MethodConfig, dtype: torch.dtype, *, is_fused: bool = True, cls: Any = None
-) -> nn.Module:
+    config: Any, method: MethodConfig, dtype: torch.dtype, *, is_fused: bool = True, cls: Any = None,
+    is_quantised: bool = False,
+) -> nn.Module:  # fmt: skip
     """The model of a transformers config, adapted, fused and in train mode, as it would be before its first step."""
     from transformers import AutoModelForCausalLM
 
     whole = config.get_text_config()
     layers, kinds = whole.num_hidden_layers, getattr(whole, "layer_types", None)
     config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
     text = config.get_text_config()
     built = max(kinds.index(kind) for kind in set(kinds)) + 1 if kinds else 1
     _set_depth(text, built, kinds)
@@ -37,6 +41,8 @@ def skeleton(
         make = AutoModelForCausalLM.from_config if cls is None else cls._from_config
         model = make(config, dtype=dtype)
     _fill(model)
+    if is_quantised:
+        quantised_in_place(model)
     model = apply_method(model, method)
     if is_fused:
         fuse(model)
@@ -96,4 +102,5 @@ def _twin(layer: nn.Module) -> nn.Module:
     """A copy with parameters of its own on the same memory."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.data, p.requires_grad) for p in layer.parameters()}
     memo |= {id(b): b for b in layer.buffers()}
+    memo |= {id(t): t for _, quantised in layers_of(layer) for t in (quantised.absmax, quantised.nested)}
     return copy.deepcopy(layer, memo)

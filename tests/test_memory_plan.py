@@ -13,6 +13,8 @@ from fastpt.activations import set_policy
 from fastpt.config import MethodConfig, build, parse_bytes
 from fastpt.errors import ConfigError
 from fastpt.memory_plan import Planner, batch_of, plan
+from fastpt.models import quantised_in_place
+from fastpt.nf4 import layers_of
 from fastpt.objectives import make_objective
 from fastpt.optim import make_optimizer
 from fastpt.scorer import ModelScorer
@@ -55,7 +57,7 @@ def test_a_skeleton_is_the_model_but_for_its_memory(family, method):
 
 
 @pytest.mark.parametrize("policy", ["keep", "recompute"])
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_the_plan_of_a_skeleton_is_that_of_the_model(method, policy):
     """The same step, really computed on the real model, holds as much at its worst moment."""
     model = tiny_model("llama", num_hidden_layers=3)
@@ -69,6 +71,11 @@ def test_the_plan_of_a_skeleton_is_that_of_the_model(method, policy):
     config = build({**settings, "activations": policy, "micro_batch_tokens": 80, "batch_tokens": 80})
     planner = Planner(config)
     found = planner.at(planner.wanted)
+    if method == "qlora":
+        quantised_in_place(model)
+        held = [t for _, layer in layers_of(model) for t in (layer.weight, layer.absmax, layer.nested)]
+        others = {id(p): p for p in model.parameters() if p.is_floating_point()}
+        assert found.weights == sum(t.nbytes for t in [*held, *others.values()])
     model = fastpt.adapters.apply_method(model, config.method).train()
     with fastpt.fuse(model):
         set_policy(model, policy)
@@ -91,16 +98,20 @@ device, bf16 = torch.device("cpu"), torch.bfloat16
 def matrix(*shape, dtype=bf16): return torch.randn(*shape).to(dtype)
 D, I, T, V = 1024, 8192, 512, 16384
 x, weight, a, b = matrix(T, D), matrix(I, D), matrix(16, D, dtype=torch.float32), matrix(I, 16, dtype=torch.float32)
+packed = fastpt.ops.nf4_quantize(weight)
 low, grad = [matrix(T, 16, dtype=torch.float32)], [matrix(T, I)]
 q, k = matrix(8192, 4, 64), matrix(8192, 2, 64)
 ids, kept = torch.randint(0, V, (T,)), torch.arange(T)
-adapted = [weight], [a], [b]
+adapted, low_rank = ([weight], [a], [b]), ([a.to(bf16)], [b.to(bf16)])
 calls = {
     "lora_linear": (x, [weight], [None], [a], [b], [1.0], 0.0, []),
     "lora_linear_backward": (grad, x, *adapted, low, [1.0], 0.0, [], True, [False, False, True, True]),
     "trained": (grad, x, [weight], [None], [None], [matrix(T, 0).float()], [1.0], 0.0, [], True, [True] + 3 * [False]),
     "linear_cross_entropy": (x, matrix(V, D), ids, kept, -100, None, None, None, None, None, 1.0, 0.0, 0.0, False,
                              [True, True, False, False, False]),
+    "nf4_linear": (x, [packed.rows], [packed.absmax], [packed.nested], [None], *low_rank, [1.0], 0.0, []),
+    "nf4_linear_backward": (grad, x, [packed.rows], [packed.absmax], [packed.nested], *low_rank, [matrix(T, 16)], [1.0], 0.0,
+                            [], True, [False, False, True, True]),
     "attention": (q, k, k, None, None, True, None, None, 0.125),
     "attention_backward": (q, q, k, k, q, matrix(8192, 4, dtype=torch.float32), None, None, True, None, None, 0.125),
 }
@@ -122,7 +133,7 @@ def test_kernels_take_the_workspace_that_they_declare():
     one = {**os.environ, "OMP_NUM_THREADS": "1"}  # of two, one may do all the work and the other touch nothing
     done = subprocess.run([sys.executable, "-c", WORKSPACES], capture_output=True, text=True, check=True, env=one)
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(told) == 6
+    assert len(told) == 8
     for name, declared, taken in told:
         assert abs(declared - taken) <= 0.05 * taken + MIB / 4, (name, declared / MIB, taken / MIB)
 
@@ -143,6 +154,24 @@ def test_a_tighter_limit_takes_fewer_tokens_first_and_then_recomputes():
     assert tightest.policy == "recompute"
     assert tightest.peak < least.peak
     assert "would take" in tightest.reason
+
+
+def test_gradients_of_a_step_in_backward_never_exist_at_once():
+    settings = {
+        "method": "full",
+        "optim": {"clip_norm": None},
+        "max_length": 8,
+        "micro_batch_tokens": 8,
+        "batch_tokens": 8,
+    }
+    kept, gone = planned(**settings), planned(**{**settings, "optim": {"clip_norm": None, "in_backward": True}})
+    assert gone.gradients == 0
+    assert gone.peak < kept.peak - kept.gradients / 2
+
+
+def test_moments_of_8_bits_are_planned():
+    of = {name: planned(method="full", optim={"name": name}).optimizer for name in ("adamw", "adamw_8bit")}
+    assert 0.2 < of["adamw_8bit"] / of["adamw"] < 0.6  # tensors of this model below 4096 values keep 32 bits
 
 
 def test_what_is_given_is_not_chosen():

@@ -41,11 +41,13 @@ def _operand(x: Tensor) -> int:
     )
 
 
-def lora_linear(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds) -> int:
+def lora_linear(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds, absmax=None) -> int:
+    """`absmax` of 4-bit weights: such a one is not packed, each thread unpacks a panel of it."""
     size, tokens, depth = x.itemsize, x.numel() // max(1, x.shape[-1]), x.shape[-1]
+    in_4_bits = [s is not None for s in absmax or [None] * len(weights)]
     held, splits, widest = _operand(x), 0, 0
-    for weight, bias, a in zip(weights, biases, lora_a, strict=True):
-        held += _packed(depth, len(weight), size) + (0 if bias is None else 4 * len(bias))
+    for weight, bias, a, is_unpacked in zip(weights, biases, lora_a, in_4_bits, strict=True):
+        held += (0 if is_unpacked else _packed(depth, len(weight), size)) + (0 if bias is None else 4 * len(bias))
         if a is None:
             continue
         rank, parts = len(a), _parts(x, a)
@@ -53,7 +55,12 @@ def lora_linear(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds) ->
         held += nbytes(x) if dropout_p > 0 else 0
         splits += 2 * parts * a.numel() if parts > 1 else 0
         widest = max(widest, (parts + 1) * rank)
-    return held + max(splits, _scratch(ROWS * max(widest, PANEL), 4))
+    panel = _scratch(_up(depth, 2) * PANEL, size) if any(in_4_bits) else 0
+    return held + max(splits, _scratch(ROWS * widest, 4), _scratch(ROWS * PANEL, 4) + panel)
+
+
+def nf4_linear(x, weights, absmax, nested, biases, lora_a, lora_b, scales, dropout_p, seeds) -> int:
+    return lora_linear(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds, absmax)
 
 
 def lora_swiglu(x, weights, *rest) -> int:
@@ -61,12 +68,13 @@ def lora_swiglu(x, weights, *rest) -> int:
 
 
 def lora_linear_backward(
-    grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, *options
+    grads, x, weights, lora_a, lora_b, xas, scales, dropout_p, seeds, wants_x, wants, *options, absmax=None
 ) -> int:
+    in_4_bits = [s is not None for s in absmax or [None] * len(weights)]
     size, tokens, depth = x.itemsize, x.numel() // max(1, x.shape[-1]), x.shape[-1]
     padded, held, splits, widest, most_rows = _up(tokens, 32), _operand(x), 0, 0, 0
     for i, (weight, a) in enumerate(zip(weights, lora_a, strict=True)):
-        held += _operand(grads[i]) + (_packed(len(weight), depth, size) if wants_x else 0)
+        held += _operand(grads[i]) + (_packed(len(weight), depth, size) if wants_x and not in_4_bits[i] else 0)
         if a is None:
             continue
         rank, parts = len(a), _parts(x, a)
@@ -81,7 +89,15 @@ def lora_linear_backward(
     trained = sum(len(weight) for i, weight in enumerate(weights) if wants[4 * i])
     whole = (_packed(padded, depth, size) if trained else 0) + trained * padded * size
     adapters = _scratch(2 * most_rows * PANEL, 4) + _scratch(TOKENS * PANEL, size) if most_rows else 0
-    return held + max(splits, whole, adapters, _scratch(ROWS * widest, 4), _scratch(2 * ROWS * PANEL, 4) * wants_x)
+    panels = sum(
+        _up(len(weight), 2) * PANEL for weight, is_unpacked in zip(weights, in_4_bits, strict=True) if is_unpacked
+    )
+    inputs = (_scratch(2 * ROWS * PANEL, 4) + _scratch(panels, size)) * wants_x
+    return held + max(splits, whole, adapters, _scratch(ROWS * widest, 4), inputs)
+
+
+def nf4_linear_backward(grads, x, weights, absmax, nested, *rest) -> int:
+    return lora_linear_backward(grads, x, weights, *rest, absmax=absmax)
 
 
 # ---- linear_cross_entropy.h ----------------------------------------------------------------------------------------

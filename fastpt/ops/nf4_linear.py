@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastpt.ops import _workspace
 from fastpt.ops._library import Cost, autocast, nbytes, register
 from fastpt.ops.lora_linear import Layer, _check, layer_gradients, new_seeds, takes_float32
 from fastpt.ops.lora_linear import _cost as plain_cost
@@ -84,6 +85,7 @@ forward = register(
     reference=reference,
     fake=_fake,
     cost=_cost,
+    workspace=_workspace.nf4_linear,
 )
 backward = register(
     "nf4_linear_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor?[] absmax, Tensor?[] nested, "
@@ -92,6 +94,7 @@ backward = register(
     reference=reference_backward,
     fake=_fake_backward,
     cost=_cost_backward,
+    workspace=_workspace.nf4_linear_backward,
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpt import ops
-from fastpt.optim.states import as_bits, from_bitsandbytes, has_8_bits, to_bitsandbytes
+from fastpt.optim.states import as_bits, from_bitsandbytes, has_8_bits, new_moments, to_bitsandbytes
 
 
 class AdamW(torch.optim.Optimizer):
@@ -126,11 +126,9 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
-            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+            state |= new_moments(parameter, self.bits)
             if self._needs_master(parameter):
                 state["master"] = parameter.detach().to(torch.float32, copy=True)
-            self.state[parameter] = state = as_bits(state, self.bits)
         return state
 
     def _needs_master(self, parameter: Tensor) -> bool:

@@ -10,12 +10,34 @@ from torch import Tensor
 from fastpt.ops.adamw_8bit import BLOCK, dequantize, dynamic_map, quantize
 
 SMALLEST_IN_8_BITS = 4096  # values; bitsandbytes' min_8bit_size
+CODE_OF_ZERO = {True: 127, False: 1}  # by sign: what quantize makes of a block of zeros
 NESTED = "__bnb_optimizer_quant_state__"  # where bitsandbytes' state_dict() puts what FSDP must not gather
 MOMENTS = (("exp_avg", 1, True), ("exp_avg_sq", 2, False))  # our name, bitsandbytes' number, whether it has a sign
 
 
 def has_8_bits(state: dict[str, Any]) -> bool:
     return state["exp_avg"].dtype == torch.uint8
+
+
+def new_moments(parameter: Tensor, bits: int) -> dict[str, Tensor]:
+    """Both moments of a parameter before its first step: zeros, in 8 bits without ever being in 32."""
+    if bits == 8 and parameter.numel() >= SMALLEST_IN_8_BITS:
+        scales = [-(-parameter.numel() // BLOCK)]
+        return {
+            key: value
+            for name, _, is_signed in MOMENTS
+            for key, value in (
+                (
+                    name,
+                    torch.full(parameter.shape, CODE_OF_ZERO[is_signed], dtype=torch.uint8, device=parameter.device),
+                ),
+                (f"{name}_absmax", torch.zeros(scales, device=parameter.device)),
+            )
+        }
+    return {
+        name: torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+        for name, _, _ in MOMENTS
+    }
 
 
 def as_bits(state: dict[str, Any], bits: int) -> dict[str, Any]:

@@ -214,3 +214,15 @@ def test_goes_with_schedulers_closures_and_groups():
     assert (1 - q).mean().item() == pytest.approx(1e-3, rel=1e-3)
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
     optimizer.step(closure)
+
+
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_new_moments_of_8_bits_are_quantised_zeros(is_signed):
+    from fastpt.ops.adamw_8bit import quantize
+    from fastpt.optim.states import MOMENTS, new_moments
+
+    name = next(name for name, _, has_sign in MOMENTS if has_sign == is_signed)
+    made, parameter = new_moments(torch.ones(70, 60), 8), torch.zeros(70, 60)
+    codes, absmax = quantize(parameter, is_signed)
+    assert torch.equal(made[name], codes)
+    assert torch.equal(made[f"{name}_absmax"], absmax)
