@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fastpt.config import MethodConfig
@@ -20,6 +21,7 @@ from fastpt.errors import ConfigError, ModelError
 from fastpt.nf4 import dequantise_model, is_quantised, layers_of
 
 NOTE = "base_quantization.json"  # beside an adapter that was trained on a base which loading made 4-bit
+VALUE_HEAD = "value_head"  # what PPO adds to the model: trained with it, but no part of it
 ADAPTERS = ("lora", "dora", "qlora")
 
 
@@ -111,8 +113,17 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """model.save_pretrained; beside an adapter on a 4-bit base a note, by which loading makes the base so again."""
-    model.save_pretrained(str(folder))  # type: ignore[operator]
+    """model.save_pretrained; beside an adapter on a 4-bit base a note, by which loading makes the base so again.
+
+    A value head gets a file of its own, so that the model can be loaded without it.
+    """
+    head, options = getattr(model, VALUE_HEAD, None), {}
+    if head is not None and not is_adapter_model(model):
+        own = {name: t for name, t in model.state_dict().items() if not name.startswith(f"{VALUE_HEAD}.")}
+        options = {"state_dict": own}
+    model.save_pretrained(str(folder), **options)  # type: ignore[operator]
+    if head is not None:
+        save_file(head.state_dict(), folder / f"{VALUE_HEAD}.safetensors")
     if is_adapter_model(model) and is_quantised(model):
         (folder / NOTE).write_text(json.dumps({"quant_type": "nf4"}))
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastpt.adapters import is_adapter_model
+from fastpt.adapters import VALUE_HEAD, is_adapter_model
 from fastpt.adapters import save as save_model
 from fastpt.errors import CheckpointError
 
@@ -127,6 +127,8 @@ def prune(folder: Path, keep: int, best: str | None) -> None:
 
 
 def _load_weights(folder: Path, model: nn.Module) -> None:
+    if hasattr(model, VALUE_HEAD):
+        getattr(model, VALUE_HEAD).load_state_dict(load_file(folder / f"{VALUE_HEAD}.safetensors"))
     if is_adapter_model(model):
         from peft import set_peft_model_state_dict
 
@@ -142,7 +144,9 @@ def _load_weights(folder: Path, model: nn.Module) -> None:
     result = model.load_state_dict(weights, strict=False)
     loaded = {p.data_ptr() for name, p in model.state_dict().items() if name in weights}
     missing = [
-        name for name in result.missing_keys if model.state_dict()[name].data_ptr() not in loaded
+        name
+        for name in result.missing_keys
+        if model.state_dict()[name].data_ptr() not in loaded and not name.startswith(f"{VALUE_HEAD}.")
     ]  # tied ones are there
     if missing or result.unexpected_keys:
         raise CheckpointError(

@@ -107,7 +107,7 @@ def examples_of(
     found = tokenise(
         rows,
         prepare,
-        max_length=max_length,
+        max_length=_room(max_length, objective),
         too_long=_policy(data, objective),
         cache_key=key,
         cache_dir=Path("~/.cache/fastpt/tokenised").expanduser(),
@@ -158,7 +158,7 @@ def _feed_of_rows(
     planner = StreamPlanner(
         rows,
         prepare,
-        max_length=max_length,
+        max_length=_room(max_length, objective),
         too_long=_policy(data, objective),
         window_rows=data.window_rows,
         seed=config.seed,
@@ -171,6 +171,17 @@ def _preparer(rows: Any, data: DataConfig, objective: Objective, tokenizer: Any,
     if objective.needs_chat_template and (template := ensure_chat_template(tokenizer)):
         say(template)
     return objective.bind(tokenizer, rows, data.columns)
+
+
+def _room(max_length: int, objective: Objective) -> int:
+    """What max_length leaves for a row of the data."""
+    room = max_length - objective.added_tokens
+    if room < 2:
+        raise ConfigError(
+            f"max_length={max_length} leaves no room for a prompt beside objective.max_new_tokens={objective.added_tokens}: "
+            "raise the one or lower the other"
+        )
+    return room
 
 
 def _policy(data: DataConfig, objective: Objective) -> str:

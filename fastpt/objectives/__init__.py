@@ -9,7 +9,13 @@ from pydantic import ValidationError
 
 from fastpt.errors import ConfigError
 
-OBJECTIVES = {"sft": "fastpt.objectives.sft:SFT", "pretrain": "fastpt.objectives.pretrain:Pretrain"}
+OBJECTIVES = {
+    "sft": "fastpt.objectives.sft:SFT",
+    "pretrain": "fastpt.objectives.pretrain:Pretrain",
+    "grpo": "fastpt.objectives.grpo:GRPO",
+    "rloo": "fastpt.objectives.rloo:RLOO",
+    "ppo": "fastpt.objectives.ppo:PPO",
+}
 
 
 def make_objective(spec: Any) -> Any:

@@ -79,6 +79,11 @@ class Objective(Node):
         """How many optimizer steps `collect` gives."""
         return 1
 
+    @property
+    def added_tokens(self) -> int:
+        """Tokens that are added to a row later, for which max_length must leave room."""
+        return 0
+
     def loss(self, model: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
 

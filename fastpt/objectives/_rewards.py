@@ -1,0 +1,168 @@
+"""What answers are worth: plain Python functions, or a reward model; every way in which one can go wrong is said in a sentence.
+
+A function is called as `reward(prompts=..., completions=..., **columns) -> list of one number per completion`, as in TRL: a
+prompt that is a list of messages has a completion that is one too. It gets the columns of the rows that it names, or all of
+them where it takes **columns.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpt.data.files import Row
+from fastpt.errors import ConfigError, TrainingError
+
+GIVEN = ("prompts", "completions", "completion_ids")  # besides the columns
+SCORED_ROWS = 16  # that a reward model reads at a time
+
+
+class Reward:
+    """A reward function with its name; equal names make equal objects, so that caches and resumed runs know it again."""
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None):
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+        self.origin = name or f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', self.name)}"
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError):  # a builtin that does not tell
+            parameters = ()  # type: ignore[assignment]
+        self.takes_all = not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.wanted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self.needed = {p.name for p in parameters if p.name in self.wanted and p.default is p.empty} - {*GIVEN}
+
+    def __repr__(self) -> str:
+        return f"Reward({self.origin})"
+
+    def check_columns(self, row: Row, place: str) -> None:
+        """Raises: ConfigError for a column that the function needs and the row lacks."""
+        missing = sorted(self.needed - row.keys())
+        if missing:
+            raise ConfigError(
+                f"reward {self.name} takes {missing[0]!r}, but {place} has only {', '.join(map(str, row))}: add that column, "
+                "or name another one in the function's parameters"
+            )
+
+    def __call__(self, prompts: list[Any], texts: list[str], ids: list[list[int]], rows: list[Row], places: list[str]):
+        """One number for each completion, float32 [D].
+
+        Raises: TrainingError naming function, row and remedy when the function fails or returns anything else.
+        """
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        given: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in rows[0]} if rows else {}
+        given |= {"prompts": prompts, "completions": completions, "completion_ids": ids}
+        given = {key: value for key, value in given.items() if self.takes_all or key in self.wanted}
+        try:
+            found = self.function(**given)
+        except Exception as error:
+            raise self._why_it_raised(error, given, texts, places) from error
+        return self._checked(found, texts, places)
+
+    def _why_it_raised(self, error: Exception, given: dict, texts: list[str], places: list[str]) -> TrainingError:
+        at = next((i for i in range(len(texts)) if self._fails_on({k: [v[i]] for k, v in given.items()})), None)
+        where = f"{places[0]} to {places[-1]}" if at is None else f"{places[at]}, whose answer is {texts[at][:60]!r}"
+        return TrainingError(
+            f"reward {self.name} raised {type(error).__name__} ({error}) on {where}: let it return a number for whatever the "
+            "model may say, such as 0.0"
+        )
+
+    def _fails_on(self, one: dict[str, list[Any]]) -> bool:
+        try:
+            self.function(**one)
+        except Exception:
+            return True
+        return False
+
+    def _checked(self, found: Any, texts: list[str], places: list[str]) -> torch.Tensor:
+        remedy = "let it return a list with one finite number for each completion"
+        if isinstance(found, torch.Tensor):
+            found = found.tolist()
+        if not isinstance(found, Sequence) or isinstance(found, str):
+            try:
+                found = list(found)
+            except TypeError:
+                raise TrainingError(f"reward {self.name} returned {type(found).__name__} {found!r:.60}: {remedy}") from None
+        if len(found) != len(texts):
+            raise TrainingError(
+                f"reward {self.name} returned {len(found)} values for {len(texts)} completions "
+                f"(of {places[0]} to {places[-1]}): {remedy}"
+            )
+        for value, text, place in zip(found, texts, places, strict=True):
+            try:
+                is_good = value is not None and math.isfinite(float(value))
+            except (TypeError, ValueError):
+                is_good = False
+            if not is_good:
+                raise TrainingError(f"reward {self.name} gave {value!r:.40} for {place}, whose answer is {text[:60]!r}: {remedy}")
+        return torch.tensor([float(value) for value in found], dtype=torch.float32)
+
+
+def as_reward(spec: Any) -> Reward | str:
+    """A reward from a callable or from "module:function"; a path or hub id of a reward model stays, to be loaded later."""
+    if isinstance(spec, Reward):
+        return spec
+    if callable(spec):
+        return Reward(spec)
+    if not isinstance(spec, (str, Path)):
+        raise ValueError(f"{spec!r} is no reward: give a function, 'module:function', or the path of a reward model")
+    module, colon, name = str(spec).partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), name]):
+        return str(spec)
+    sys.path.insert(0, str(Path.cwd()))  # a config file's functions are beside it, as for `python -m`
+    try:
+        function = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {spec} cannot be imported from {Path.cwd()} ({error}): check module and function") from None
+    finally:
+        sys.path.pop(0)
+    if not callable(function):
+        raise ValueError(f"reward {spec} is {type(function).__name__}, not a function")
+    return Reward(function, str(spec))
+
+
+def load_reward_model(spec: str, device: torch.device, dtype: torch.dtype) -> Reward:
+    """A sequence-classification model with one output as a reward: its logit for the whole conversation.
+
+    Raises: ModelError, ConfigError when it cannot be loaded or has more outputs.
+    """
+    from fastpt import models
+    from fastpt.data.render import ensure_chat_template
+
+    loaded = models.load(spec, dtype=dtype, device=device, task="sequence", settings={"num_labels": 1})
+    model, tokenizer = loaded.model.eval().requires_grad_(False), loaded.tokenizer
+    ensure_chat_template(tokenizer)
+
+    @torch.no_grad()
+    def reward_model(prompts: list[Any], completions: list[Any]) -> list[float]:
+        texts = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+            texts.append(tokenizer.apply_chat_template(before + after, tokenize=False))
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        scores = [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(order), SCORED_ROWS):
+            chosen = order[start : start + SCORED_ROWS]
+            longest = len(rows[chosen[-1]])
+            padded = [rows[i] + [tokenizer.pad_token_id] * (longest - len(rows[i])) for i in chosen]
+            mask = [[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in chosen]
+            logits = model(
+                input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device)
+            ).logits
+            for i, score in zip(chosen, logits[:, 0].float().tolist(), strict=True):
+                scores[i] = score
+        return scores
+
+    return Reward(reward_model, spec)
