@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from fastpt.data.files import Row
-from fastpt.errors import ConfigError, TrainingError
+from fastpt.errors import ConfigError, ModelError, TrainingError
 
 GIVEN = ("prompts", "completions", "completion_ids")  # besides the columns
 SCORED_ROWS = 16  # that a reward model reads at a time
 
 
 class Reward:
-    """A reward function with its name; equal names make equal objects, so that caches and resumed runs know it again."""
+    """A reward function; what it prints, its name and the columns it takes, is how caches and resumed runs know it again."""
 
     def __init__(self, function: Callable[..., Any], name: str | None = None):
         self.function = function
@@ -40,7 +40,7 @@ class Reward:
         self.needed = {p.name for p in parameters if p.name in self.wanted and p.default is p.empty} - {*GIVEN}
 
     def __repr__(self) -> str:
-        return f"Reward({self.origin})"
+        return f"Reward({self.origin}: {', '.join([*sorted(self.wanted), *['**'] * self.takes_all])})"
 
     def check_columns(self, row: Row, place: str) -> None:
         """Raises: ConfigError for a column that the function needs and the row lacks."""
@@ -139,6 +139,11 @@ def load_reward_model(spec: str, device: torch.device, dtype: torch.dtype) -> Re
     from fastpt import models
     from fastpt.data.render import ensure_chat_template
 
+    config = models.load_config(spec)
+    kinds = getattr(config, "architectures", None) or [type(config).__name__]
+    is_adapter = isinstance(place := models.resolve(spec), Path) and (place / "adapter_config.json").is_file()
+    if not is_adapter and not kinds[0].endswith("ForSequenceClassification"):
+        raise ModelError(f"{spec} is no reward model but a {kinds[0]}: train one with objective \"reward\"")
     loaded = models.load(spec, dtype=dtype, device=device, task="sequence", settings={"num_labels": 1})
     model, tokenizer = loaded.model.eval().requires_grad_(False), loaded.tokenizer
     ensure_chat_template(tokenizer)
