@@ -169,7 +169,10 @@ def choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:
         return logits.argmax(-1)
     probabilities = (logits / temperature).softmax(-1)
     if top_p >= 1:
-        return probabilities.multinomial(1).squeeze(1)
+        # One number a row finds its token in the running sum: multinomial draws one for each token of the vocabulary.
+        sums = probabilities.cumsum(-1, dtype=torch.float64)
+        drawn = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device) * sums[:, -1:]
+        return torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1).squeeze(1)
     count = min(FIRST_CANDIDATES, logits.shape[1])
     top, tokens = probabilities.topk(count)
     if bool((top.sum(-1) < top_p).any()):

@@ -67,23 +67,32 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-        """Fill one slot with each prompt, all packed into one forward; the logits of what comes next, float32 [N, V]."""
-        lengths = [len(prompt) for prompt in prompts]
-        ids = torch.tensor([token for prompt in prompts for token in prompt])
+        """Fill one slot with each prompt, all packed into one forward; the logits of what comes next, float32 [N, V].
+
+        A prompt that is there several times (the group of online RL) is computed once.
+        """
+        slots_of: dict[tuple[int, ...], list[int]] = {}
+        for prompt, slot in zip(prompts, slots, strict=True):
+            slots_of.setdefault(tuple(prompt), []).append(slot)
+        distinct = list(slots_of)
+        lengths = [len(prompt) for prompt in distinct]
+        ids = torch.tensor([token for prompt in distinct for token in prompt])
         positions = torch.cat([torch.arange(length) for length in lengths])
         bounds = torch.tensor([0, *lengths]).cumsum(0)
 
         def run(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
             block = self.recipes[module].read(module, hidden, kwargs)
             cached = self.blocks[module]
-            sink = _Sink(cached.keys, cached.values, slots, lengths)
+            sink = _Sink(cached.keys, cached.values, list(slots_of.values()), lengths)
             return decoder_block(hidden, block._replace(call=block.call._replace(cache=sink)))
 
         with self._blocks_run_by(run):
             hidden = hidden_states(
                 self.model, ids, position_ids=positions, cu_seqlens=bounds.int(), max_seqlen=max(lengths)
             )
-        return self._logits(hidden[bounds[1:] - 1])
+        logits = self._logits(hidden[bounds[1:] - 1])
+        number = {prompt: row for row, prompt in enumerate(distinct)}
+        return logits[torch.tensor([number[tuple(prompt)] for prompt in prompts])]
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -177,7 +186,7 @@ class _Sink(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    slots: Sequence[int]
+    slots: Sequence[Sequence[int]]  # of each prompt
     lengths: Sequence[int]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int) -> None:  # [1, Hkv, T, K]
@@ -187,8 +196,9 @@ class _Sink(NamedTuple):
             values[0].transpose(0, 1).split(list(self.lengths)),
             strict=True,
         )
-        for slot, new_keys, new_values in rows:
-            fill_cache(self.keys, self.values, slot, new_keys, new_values)
+        for slots, new_keys, new_values in rows:
+            for slot in slots:
+                fill_cache(self.keys, self.values, slot, new_keys, new_values)
 
 
 def _cached(block: Block, slots: int, capacity: int, hidden: Tensor) -> CachedBlock:
