@@ -23,9 +23,12 @@ from fastpt.fusion.pieces import Linears, Norm
 from fastpt.fusion.projection import NotFusable, Projection, check_no_global_hooks, check_unhooked
 from fastpt.ops import Layer, decode_block, decode_logits
 from fastpt.ops._library import serving_kernel
-from fastpt.ops.decode import BlockWeights, empty_cache, fill_cache
+from fastpt.ops.decode import BlockWeights, copy_cache, empty_cache, fill_cache
 
 MOVING_TABLES = ("dynamic", "longrope")  # rotary tables that depend on the longest position of a call
+
+
+Prompt = tuple[int, ...]
 
 
 class CachedBlock(NamedTuple):
@@ -63,36 +66,53 @@ class Decoder:
         except NotFusable:
             self.head_projection = None
         self.blocks: dict[nn.Module, CachedBlock] = {}
+        self._held: dict[int, Prompt] = {}  # the prompt whose keys and values a slot begins with
+        self._next: dict[Prompt, Tensor] = {}  # logits [V] after each of these
         self.norm = self._take_notes(handle, slots, capacity)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-        """Fill one slot with each prompt, all packed into one forward; the logits of what comes next, float32 [N, V].
+        """Fill one slot with each prompt; the logits of what comes next, float32 [N, V].
 
-        A prompt that is there several times (the group of online RL) is computed once.
+        What no slot holds is packed into one forward, once for each different prompt; the rest (of the groups of online RL)
+        is copied from slot to slot.
         """
-        slots_of: dict[tuple[int, ...], list[int]] = {}
-        for prompt, slot in zip(prompts, slots, strict=True):
-            slots_of.setdefault(tuple(prompt), []).append(slot)
-        distinct = list(slots_of)
-        lengths = [len(prompt) for prompt in distinct]
-        ids = torch.tensor([token for prompt in distinct for token in prompt])
+        asked, taken = [tuple(prompt) for prompt in prompts], set(slots)
+        new: dict[Prompt, list[int]] = {}
+        for prompt, slot in zip(asked, slots, strict=True):
+            if self._held.get(slot) == prompt:
+                continue
+            source = next((s for s, held in self._held.items() if held == prompt and s not in taken), None)
+            if source is None:
+                new.setdefault(prompt, []).append(slot)
+                continue
+            for block in self.blocks.values():
+                copy_cache(block.keys, block.values, source, slot, len(prompt))
+        if new:
+            self._next.update(zip(new, self._compute(list(new), list(new.values())), strict=True))
+        self._held.update(zip(slots, asked, strict=True))
+        held = set(self._held.values())
+        self._next = {prompt: logits for prompt, logits in self._next.items() if prompt in held}
+        return torch.stack([self._next[prompt] for prompt in asked])
+
+    def _compute(self, prompts: Sequence[Prompt], slots: Sequence[Sequence[int]]) -> Tensor:
+        """One forward over the prompts, whose keys and values go to several slots each; logits [N, V]."""
+        lengths = [len(prompt) for prompt in prompts]
+        ids = torch.tensor([token for prompt in prompts for token in prompt])
         positions = torch.cat([torch.arange(length) for length in lengths])
         bounds = torch.tensor([0, *lengths]).cumsum(0)
 
         def run(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
             block = self.recipes[module].read(module, hidden, kwargs)
             cached = self.blocks[module]
-            sink = _Sink(cached.keys, cached.values, list(slots_of.values()), lengths)
+            sink = _Sink(cached.keys, cached.values, slots, lengths)
             return decoder_block(hidden, block._replace(call=block.call._replace(cache=sink)))
 
         with self._blocks_run_by(run):
             hidden = hidden_states(
                 self.model, ids, position_ids=positions, cu_seqlens=bounds.int(), max_seqlen=max(lengths)
             )
-        logits = self._logits(hidden[bounds[1:] - 1])
-        number = {prompt: row for row, prompt in enumerate(distinct)}
-        return logits[torch.tensor([number[tuple(prompt)] for prompt in prompts])]
+        return self._logits(hidden[bounds[1:] - 1])
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int], slots: Sequence[int], positions: Sequence[int]) -> Tensor:

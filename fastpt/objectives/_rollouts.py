@@ -13,7 +13,7 @@ from fastpt import adapters
 from fastpt.errors import ConfigError
 from fastpt.objectives.base import Scorer
 
-SLOTS = 64  # sequences decoded at a time by the own path; more prompts take the slots of those that end
+SLOTS = 32  # sequences decoded at a time by the own path; more prompts take the slots of those that end
 
 
 class Engine(Protocol):

@@ -57,6 +57,13 @@ def fill_cache(keys: Tensor, values: Tensor, slot: int, new_keys: Tensor, new_va
     keys[slot, :, : blocks.shape[1]] = blocks
 
 
+def copy_cache(keys: Tensor, values: Tensor, source: int, slot: int, tokens: int) -> None:
+    """Put the first tokens of one slot's sequence into another slot."""
+    blocks = -(-tokens // BLOCK_KEYS)
+    values[slot, :, :tokens] = values[source, :, :tokens]
+    keys[slot, :, :blocks] = keys[source, :, :blocks]
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

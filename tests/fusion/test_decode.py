@@ -68,6 +68,21 @@ def test_sequences_end_at_their_stop_and_free_their_slot(family):
     assert generate_tokens(model, prompts, stop=stop, max_new_tokens=NEW, batch_size=2) == expected
 
 
+def test_a_prompt_asked_several_times_is_computed_once(monkeypatch):
+    """The groups of online RL: in one prefill, and in slots that free up while another still holds the prompt."""
+    model, distinct = tiny_model("mistral"), prompts_of((40, 5, 33))
+    prompts = [prompt for prompt in distinct for _ in range(5)]
+    full = by_transformers(model, distinct)
+    stop = [full[0][5], full[2][3]]
+    expected = [tokens for tokens in by_transformers(model, distinct, stop) for _ in range(5)]
+    computed, compute = [], Decoder._compute
+    monkeypatch.setattr(Decoder, "_compute", lambda self, new, slots: computed.extend(new) or compute(self, new, slots))
+    for slots in (2, 3, 15):
+        computed.clear()
+        assert generate_tokens(model, prompts, stop=stop, max_new_tokens=NEW, batch_size=slots) == expected
+        assert len(computed) <= 4  # two prompts that change places are computed anew
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", DECODERS)
 def test_adapters_are_read_unmerged(family, options):
