@@ -22,7 +22,9 @@ def _read(row: Row, place: str) -> Conversation:
     else:
         messages = _messages(row, "prompt", place)
     if messages[-1]["role"] == "assistant":
-        raise DataError(f"{place} ends with an assistant turn, so there is nothing to answer: take that turn out of the row")
+        raise DataError(
+            f"{place} ends with an assistant turn, so there is nothing to answer: take that turn out of the row"
+        )
     return Conversation(
         messages=_system(row) + messages,
         tools=_parsed(row.get("tools") or None, "tools", place),
@@ -48,7 +50,9 @@ def prompt_example(
             f'{place} has no column "prompt" (it has {has}): say which one is the question, as in '
             'data.columns = {prompt = "question"}'
         )
-    text = _render(tokenizer, prompt := row_format.convert(row, place), len(prompt.messages), True, place)  # type: ignore[union-attr]
+    prompt = row_format.convert(row, place)
+    assert isinstance(prompt, Conversation)
+    text = _render(tokenizer, prompt, len(prompt.messages), True, place)
     ids, _ = _encode(tokenizer, [text], add_special_tokens=False)[0]
     renamed = row_format.renamed(row)
     columns = {key: value for key, value in renamed.items() if handed_on is None or key in handed_on}
@@ -71,4 +75,6 @@ def _packed(columns: Row, place: str) -> dict[str, np.ndarray]:
 def rows_of(fields: Mapping[str, np.ndarray | Tensor]) -> list[Row]:
     """The columns that `prompt_example` handed on, of one example or of a batch."""
     data, sizes = (np.asarray(fields[name]) for name in ("row", "row_bytes"))
-    return [json.loads(part.tobytes().decode("utf-8", "surrogatepass")) for part in np.split(data, np.cumsum(sizes)[:-1])]
+    return [
+        json.loads(part.tobytes().decode("utf-8", "surrogatepass")) for part in np.split(data, np.cumsum(sizes)[:-1])
+    ]

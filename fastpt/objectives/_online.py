@@ -6,10 +6,10 @@ tokens (log-probabilities as they were, under the reference, advantages) or over
 
 from __future__ import annotations
 
-import copy
+import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +17,6 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
 
-from fastpt.adapters import is_adapter_model
 from fastpt.data.batches import Batch, collate
 from fastpt.data.example import Example
 from fastpt.data.files import Row
@@ -26,25 +25,10 @@ from fastpt.data.prompts import prompt_example, prompt_format, rows_of
 from fastpt.data.tokenised import Tokenised
 from fastpt.generate import stop_tokens
 from fastpt.objectives import _policy_losses as losses
+from fastpt.objectives._reference import frozen_copy, is_fresh
 from fastpt.objectives._rewards import Reward, as_reward, load_reward_model
-from fastpt.objectives._rollouts import Engine, OwnEngine, VLLMEngine
+from fastpt.objectives._rollouts import Group, OwnEngine, VLLMEngine, joined, seeded
 from fastpt.objectives.base import Objective, Prepare, Scorer
-
-
-@dataclass
-class Group:
-    """One prompt's answers: what they earned, and their examples (several where one would not fit a micro-batch)."""
-
-    rewards: Tensor  # [G], weights and punishment included
-    trained: list[int]  # the answers that are trained, by number
-    examples: list[Example]
-
-    def give(self, name: str, values: Tensor) -> None:
-        """Values [G] of the answers as a field [D] of the examples."""
-        chosen = values[self.trained].numpy()
-        ends = np.cumsum([len(example.documents or ()) for example in self.examples])
-        for example, part in zip(self.examples, np.split(chosen, ends[:-1]), strict=True):
-            example.fields[name] = part
 
 
 class Scored(NamedTuple):
@@ -75,10 +59,13 @@ class Online(Objective):
     iterations: int = Field(1, ge=1, description="times that each rollout is trained on")
     minibatches: int = Field(1, ge=1, description="optimizer steps of each time")
     truncated: Literal["keep", "mask", "punish"] = Field(
-        "keep", description="answers cut at max_new_tokens: trained as they are, not trained, or punished for their length"
+        "keep",
+        description="answers cut at max_new_tokens: trained as they are, not trained, or punished for their length",
     )
     overlong_buffer: int | None = Field(
-        None, ge=1, description='last tokens over which "punish" falls from 0 to -1 (default: a fifth of max_new_tokens)'
+        None,
+        ge=1,
+        description='last tokens over which "punish" falls from 0 to -1 (default: a fifth of max_new_tokens)',
     )
     engine: Literal["fastpt", "vllm"] = Field("fastpt", description="what makes the rollouts")
 
@@ -105,7 +92,9 @@ class Online(Objective):
         if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} values for {len(self.rewards)} rewards")
         if self.overlong_buffer is not None and self.overlong_buffer > self.max_new_tokens:
-            raise ValueError(f"overlong_buffer={self.overlong_buffer} is more than max_new_tokens={self.max_new_tokens}")
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} is more than max_new_tokens={self.max_new_tokens}"
+            )
         return self
 
     @property
@@ -131,11 +120,12 @@ class Online(Objective):
     def attach(self, model: Any, device: Any, dtype: Any) -> None:
         self._model, self._device, self._seed = model, device, torch.initial_seed()
         self._functions = [
-            reward if isinstance(reward, Reward) else load_reward_model(reward, device, dtype) for reward in self.rewards
+            reward if isinstance(reward, Reward) else load_reward_model(reward, device, dtype)
+            for reward in self.rewards
         ]
         self._engine = OwnEngine() if self.engine == "fastpt" else VLLMEngine(model)
-        if self.kl and not _is_fresh(model):
-            self._reference = _frozen_copy(model)
+        if self.kl and not is_fresh(model):
+            self._reference = frozen_copy(model)
 
     def bind(self, tokenizer: Any, rows: Any, columns: dict[str, str] | None) -> Prepare:
         self._tokenizer = tokenizer
@@ -159,7 +149,7 @@ class Online(Objective):
         started = time.perf_counter()
         seed = int(np.random.SeedSequence([self._seed % 2**63, step]).generate_state(1)[0])
         prompts = [example.input_ids.tolist() for example in examples for _ in range(self.group_size)]
-        with _seeded(seed, self._device):
+        with seeded(seed, self._device):
             answers = self._answers(model, prompts, self.temperature, self.top_p)
         seconds = time.perf_counter() - started
         by_function, rewards = self._rewards(
@@ -202,7 +192,8 @@ class Online(Objective):
     def _group(self, prompt: Example, answers: list[list[int]], rewards: Tensor) -> Group:
         masks = self.truncated == "mask"
         trained = [number for number, answer in enumerate(answers) if answer and not (masks and self._is_cut(answer))]
-        room, parts = 0, []
+        room = 0
+        parts: list[list[int]] = []
         for number in trained:  # of at most micro_tokens each, with the prompt before each answer
             size = len(prompt.input_ids) + len(answers[number])
             if room < size or not parts:
@@ -210,7 +201,7 @@ class Online(Objective):
                 room = max(self._micro_tokens, size)
             parts[-1].append(number)
             room -= size
-        examples = [_joined(prompt, [answers[n] for n in part]) for part in parts]
+        examples = [joined(prompt, [answers[n] for n in part]) for part in parts]
         if self.counts_answers and examples:  # what is not trained counts too
             counts = [len(part) for part in parts]
             counts[0] += len(answers) - len(trained)
@@ -237,7 +228,9 @@ class Online(Objective):
         """Give the examples their field `advantages`."""
         raise NotImplementedError
 
-    def _scores(self, model: Scorer, examples: list[Example], read: Callable[[Scorer, Batch], Tensor]) -> list[np.ndarray]:
+    def _scores(
+        self, model: Scorer, examples: list[Example], read: Callable[[Scorer, Batch], Tensor]
+    ) -> list[np.ndarray]:
         """What `read` says of each trained token, an array for each example; without a gradient."""
         found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(examples)
         sizes = [example.expanded().tokens for example in examples]
@@ -286,7 +279,15 @@ class Online(Objective):
     def _names(self) -> list[str]:
         several = [f.name for f in self._functions] if len(self._functions) > 1 else []
         both = [f"{what}/{name}" for name in several for what in ("reward", "reward_std")]
-        return ["reward", "reward_std", *both, "completion_tokens", "truncated", "groups_left_out", "rollout_tokens_per_s"]
+        return [
+            "reward",
+            "reward_std",
+            *both,
+            "completion_tokens",
+            "truncated",
+            "groups_left_out",
+            "rollout_tokens_per_s",
+        ]
 
     def _tell(
         self, answers: list[list[int]], by_function: Tensor, rewards: Tensor, left_out: int, seconds: float
@@ -331,56 +332,13 @@ class Online(Objective):
         """Rewards of the greedy answers to the prompts of a batch."""
         bounds = batch.cu_seqlens.tolist()
         ids = batch.input_ids[0].tolist()
-        answers = self._answers(model, [ids[a:b] for a, b in zip(bounds, bounds[1:], strict=False)], 0.0, 1.0)
+        answers = self._answers(model, [ids[a:b] for a, b in itertools.pairwise(bounds)], 0.0, 1.0)
         fields = {name: value.cpu() for name, value in batch.fields.items()}
         by_function, rewards = self._rewards(answers, rows_of(fields), batch.places)
         found = {"loss": -rewards.sum(), "reward": rewards.sum()}
         if len(self._functions) > 1:
-            found |= {f"reward/{f.name}": column.sum() for f, column in zip(self._functions, by_function.T, strict=True)}
+            found |= {
+                f"reward/{f.name}": column.sum() for f, column in zip(self._functions, by_function.T, strict=True)
+            }
         sizes = {"completion_tokens": sum(map(len, answers)), "truncated": sum(map(self._is_cut, answers))}
         return found | {name: torch.tensor(float(value)) for name, value in sizes.items()}
-
-
-def _joined(prompt: Example, answers: list[list[int]]) -> Example:
-    """The prompt, and after it each of the answers, which begin with the prompt's last token."""
-    last = prompt.input_ids[-1:]
-    parts = [prompt.input_ids[:-1], *(np.concatenate([last, np.array(a, np.int32)]) for a in answers)]
-    trained = np.concatenate([np.zeros(len(parts[0]), bool), *(np.arange(len(a) + 1) > 0 for a in answers)])
-    documents = tuple(len(part) for part in parts[1:])
-    return Example(
-        np.concatenate(parts).astype(np.int32), trained, None, prompt.place, documents=documents, prefix=len(parts[0])
-    )
-
-
-class _seeded:
-    """torch's generators seeded for a while, and then as they were."""
-
-    def __init__(self, seed: int, device: torch.device):
-        self._seed = seed
-        self._fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)
-
-
-def _is_fresh(model: Any) -> bool:
-    """Whether the model without its adapter is the model as it is: an adapter whose update is still zero."""
-    if not is_adapter_model(model):
-        return False
-    updates = [p for name, p in model.named_parameters() if "lora_B" in name]
-    return bool(updates) and not any(bool(p.detach().any()) for p in updates)
-
-
-def _frozen_copy(model: Any) -> Scorer:
-    """The model as it is now, fused; what is not trained is shared with it."""
-    from fastpt.fusion import fuse
-    from fastpt.scorer import ModelScorer
-
-    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    twin = copy.deepcopy(model, shared).eval().requires_grad_(False)
-    fuse(twin)
-    return ModelScorer(twin)

@@ -112,7 +112,7 @@ def kl_estimate(logprobs: Tensor, reference: Tensor, kind: KL = "k3") -> Tensor:
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """[K] half the squared error of the value, the worse of it and of the value kept within `clip` of the old one; is it clipped."""
+    """[K] half the squared error of the value, or of the one kept within `clip` of the old if that is worse; and whether."""
     plain = (values - returns) ** 2
     near = (old + (values - old).clamp(-clip, clip) - returns) ** 2
     return 0.5 * torch.max(plain, near), (near > plain).float().detach()

@@ -80,7 +80,7 @@ class Reward:
     def _fails_on(self, one: dict[str, list[Any]]) -> bool:
         try:
             self.function(**one)
-        except Exception:
+        except Exception:  # noqa: BLE001  whatever it is, it is what is asked
             return True
         return False
 
@@ -92,7 +92,9 @@ class Reward:
             try:
                 found = list(found)
             except TypeError:
-                raise TrainingError(f"reward {self.name} returned {type(found).__name__} {found!r:.60}: {remedy}") from None
+                raise TrainingError(
+                    f"reward {self.name} returned {type(found).__name__} {found!r:.60}: {remedy}"
+                ) from None
         if len(found) != len(texts):
             raise TrainingError(
                 f"reward {self.name} returned {len(found)} values for {len(texts)} completions "
@@ -104,7 +106,9 @@ class Reward:
             except (TypeError, ValueError):
                 is_good = False
             if not is_good:
-                raise TrainingError(f"reward {self.name} gave {value!r:.40} for {place}, whose answer is {text[:60]!r}: {remedy}")
+                raise TrainingError(
+                    f"reward {self.name} gave {value!r:.40} for {place}, whose answer is {text[:60]!r}: {remedy}"
+                )
         return torch.tensor([float(value) for value in found], dtype=torch.float32)
 
 
@@ -123,7 +127,9 @@ def as_reward(spec: Any) -> Reward | str:
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {spec} cannot be imported from {Path.cwd()} ({error}): check module and function") from None
+        raise ValueError(
+            f"reward {spec} cannot be imported from {Path.cwd()} ({error}): check module and function"
+        ) from None
     finally:
         sys.path.pop(0)
     if not callable(function):
@@ -143,7 +149,7 @@ def load_reward_model(spec: str, device: torch.device, dtype: torch.dtype) -> Re
     kinds = getattr(config, "architectures", None) or [type(config).__name__]
     is_adapter = isinstance(place := models.resolve(spec), Path) and (place / "adapter_config.json").is_file()
     if not is_adapter and not kinds[0].endswith("ForSequenceClassification"):
-        raise ModelError(f"{spec} is no reward model but a {kinds[0]}: train one with objective \"reward\"")
+        raise ModelError(f'{spec} is no reward model but a {kinds[0]}: train one with objective "reward"')
     loaded = models.load(spec, dtype=dtype, device=device, task="sequence", settings={"num_labels": 1})
     model, tokenizer = loaded.model.eval().requires_grad_(False), loaded.tokenizer
     ensure_chat_template(tokenizer)

@@ -36,8 +36,12 @@ class GRPO(Online):
     name: Literal["grpo"] = "grpo"  # type: ignore[assignment]
     group_size: int = Field(8, ge=2, description="answers to each prompt")
     variant: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"
-    clip: float | None = Field(None, gt=0, lt=1, description="ratios below 1 - clip are clipped (default: the variant's)")
-    clip_high: float | None = Field(None, gt=0, description="ratios above 1 + clip_high are clipped (default: the variant's)")
+    clip: float | None = Field(
+        None, gt=0, lt=1, description="ratios below 1 - clip are clipped (default: the variant's)"
+    )
+    clip_high: float | None = Field(
+        None, gt=0, description="ratios above 1 + clip_high are clipped (default: the variant's)"
+    )
 
     def model_post_init(self, context: Any) -> None:
         super().model_post_init(context)

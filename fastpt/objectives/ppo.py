@@ -72,7 +72,9 @@ class PPO(Online):
     def loss(self, model: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         hidden, fields = model.hidden(batch), batch.fields
         scored = self.scored(hidden, model, batch)
-        policy, is_clipped = losses.clipped_loss(scored.logprobs - scored.old, fields["advantages"], self.clip, self.clip)
+        policy, is_clipped = losses.clipped_loss(
+            scored.logprobs - scored.old, fields["advantages"], self.clip, self.clip
+        )
         value, is_value_clipped = losses.value_loss(
             self._values(hidden, batch), fields["old_values"], fields["returns"], self.value_clip
         )

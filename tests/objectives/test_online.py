@@ -56,10 +56,14 @@ def rolled_out(trainer, step=0):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reward_rises(tmp_path, kind):
     objective = {"group_size": 8, "minibatches": 1, "rewards": letters}
-    run = fastpt.train(**settings(tmp_path, kind, objective, max_steps=24, batch_rows=8, optim={"lr": 2e-2, "warmup": 0}))
+    run = fastpt.train(
+        **settings(tmp_path, kind, objective, max_steps=24, batch_rows=8, optim={"lr": 2e-2, "warmup": 0})
+    )
     reward = [record["reward"] for record in run.history]
     assert np.mean(reward[-4:]) > 3 * np.mean(reward[:4]) > 0
-    assert {"reward_std", "entropy", "clip_fraction", "completion_tokens", "truncated", "groups_left_out"} <= set(run.history[0])
+    assert {"reward_std", "entropy", "clip_fraction", "completion_tokens", "truncated", "groups_left_out"} <= set(
+        run.history[0]
+    )
 
 
 @pytest.mark.parametrize(("kind", "variant"), [*(("grpo", v) for v in VARIANTS), ("rloo", None), ("ppo", None)])
@@ -102,7 +106,8 @@ def test_a_group_may_be_cut_into_several_examples(tmp_path, kind):
         examples = [example for step in rolled_out(trainer) for example in step]
         batch = collate(sorted(examples, key=lambda e: e.place))
         found.append((len(examples), batch.count, trainer.objective.loss(trainer.scorer, batch)[0].item()))
-    assert found[1][0] > found[0][0] and found[0][1] == found[1][1]
+    assert found[1][0] > found[0][0]
+    assert found[0][1] == found[1][1]
     assert found[1][2] == pytest.approx(found[0][2], rel=1e-4, abs=1e-5)
 
 
@@ -135,7 +140,8 @@ def test_the_value_head_is_saved_beside_the_model(tmp_path, method):
     from safetensors.torch import load_file
 
     head = load_file(run.path / f"model/{VALUE_HEAD}.safetensors")
-    assert torch.equal(head["weight"], getattr(run.model, VALUE_HEAD).weight) and head["weight"].abs().max() > 0
+    assert torch.equal(head["weight"], getattr(run.model, VALUE_HEAD).weight)
+    assert head["weight"].abs().max() > 0
     weights = next(path for path in (run.path / "model").glob("*model.safetensors"))
     assert not any(VALUE_HEAD in name for name in load_file(weights))
 
@@ -161,7 +167,10 @@ def test_the_reference_is_the_model_before_training(tmp_path, method):
 
 def test_groups_of_equal_rewards_are_left_out_and_counted(tmp_path):
     def by_prompt(prompts, completions):
-        return [float("a" in one) if prompt.endswith("cat") else 0.5 for prompt, one in zip(prompts, completions, strict=True)]
+        return [
+            float("a" in one) if prompt.endswith("cat") else 0.5
+            for prompt, one in zip(prompts, completions, strict=True)
+        ]
 
     trainer = prepared(tmp_path, objective={"rewards": by_prompt, "group_size": 16})
     prompts = [trainer.feed.prompts.data.example(i) for i in range(len(ROWS))]
@@ -173,7 +182,9 @@ def test_groups_of_equal_rewards_are_left_out_and_counted(tmp_path):
 
 
 def test_a_run_whose_rewards_never_differ_ends_with_the_reason(tmp_path):
-    with pytest.raises(TrainingError, match="gave nothing to learn from .* rewards that tell better answers from worse"):
+    with pytest.raises(
+        TrainingError, match=r"gave nothing to learn from .* rewards that tell better answers from worse"
+    ):
         fastpt.train(**settings(tmp_path, objective={"rewards": lambda completions: [1.0] * len(completions)}))
 
 
@@ -190,7 +201,8 @@ def test_an_empty_answer_is_its_closing_token(tmp_path, kind):
     (step,) = rolled_out(trainer)
     assert seen[:2] == ["", "de"]
     loss, _ = trainer.objective.loss(trainer.scorer, collate(step))
-    assert torch.isfinite(loss) and collate(step).kept_lengths.tolist() == [1, 3] * 4
+    assert torch.isfinite(loss)
+    assert collate(step).kept_lengths.tolist() == [1, 3] * 4
 
 
 def test_answers_that_were_cut(tmp_path):
@@ -208,25 +220,31 @@ def test_answers_that_were_cut(tmp_path):
         assert metrics["reward/short"][0].item() == pytest.approx(-0.01 * 4 * (12 + 1 + 10 + 2))
     assert found["keep"][:2] == ([12, 2, 11, 2], 16.0)
     assert found["mask"][:2] == ([2, 11, 2, 11], 16.0)
-    assert found["punish"][0] == [12, 2, 11, 2] and found["punish"][2][0] < found["keep"][2][0]
+    assert found["punish"][0] == [12, 2, 11, 2]
+    assert found["punish"][2][0] < found["keep"][2][0]
 
 
 def test_off_policy_steps(tmp_path):
     trainer = prepared(tmp_path, objective={"iterations": 2, "minibatches": 2})
-    assert trainer.objective.steps_per_rollout == 4 and trainer.feed.steps_per_epoch == 4 * trainer.feed.prompts.steps_per_epoch
+    assert trainer.objective.steps_per_rollout == 4
+    assert trainer.feed.steps_per_epoch == 4 * trainer.feed.prompts.steps_per_epoch
     steps = rolled_out(trainer)
     assert [len(step) for step in steps] == [2, 2, 2, 2]
     assert sorted(e.place for step in steps[:2] for e in step) == sorted(e.place for step in steps[2:] for e in step)
     assert all("old_logprobs" in e.fields for step in steps for e in step)
     run = fastpt.train(**settings(tmp_path / "run", objective={"iterations": 3}, max_steps=6))
-    assert run.history[1]["clip_fraction"] >= 0 and [r["reward"] for r in run.history[:3]] == [run.history[0]["reward"]] * 3
+    assert run.history[1]["clip_fraction"] >= 0
+    assert [r["reward"] for r in run.history[:3]] == [run.history[0]["reward"]] * 3
 
 
 def test_evaluation_is_the_reward_of_greedy_answers(tmp_path):
     rewards = [letters, short]
     objective = {"rewards": rewards, "reward_weights": [2.0, 1.0]}
     run = fastpt.train(**settings(tmp_path, objective=objective, eval_data=ROWS[:3], max_steps=1))
-    texts = [fastpt.generate.generate_batch(run.model, run.tokenizer, [row["prompt"]], max_new_tokens=12)[0] for row in ROWS[:3]]
+    texts = [
+        fastpt.generate.generate_batch(run.model, run.tokenizer, [row["prompt"]], max_new_tokens=12)[0]
+        for row in ROWS[:3]
+    ]
     wanted = [letters(texts), short(None, texts, ["x"] * 3)]
     assert run.metrics["eval_reward/letters"] == pytest.approx(np.mean(wanted[0]))
     assert run.metrics["eval_reward"] == pytest.approx(2 * np.mean(wanted[0]) + np.mean(wanted[1]), abs=1e-6)
@@ -239,7 +257,10 @@ def test_messages_get_messages_and_streams_keep_their_columns(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def reward(prompts, completions, **columns):
-        assert all(c[0]["role"] == "assistant" and p[0]["content"] == a[0] for p, c, a in zip(prompts, completions, columns["answer"], strict=True))
+        assert all(
+            c[0]["role"] == "assistant" and p[0]["content"] == a[0]
+            for p, c, a in zip(prompts, completions, columns["answer"], strict=True)
+        )
         return [float(len(c[0]["content"])) for c in completions]
 
     for streaming in (False, True):
@@ -257,7 +278,10 @@ def _raises(completions, answer):
 
 BAD_REWARDS = {
     "raises": (_raises, r"_raises raised ZeroDivisionError .* on row \d+, whose answer is .*: let it return a number"),
-    "nan": (lambda completions: [float("nan")] * len(completions), r"gave nan for row \d+, whose answer is .*finite number"),
+    "nan": (
+        lambda completions: [float("nan")] * len(completions),
+        r"gave nan for row \d+, whose answer is .*finite number",
+    ),
     "none": (lambda completions: [None] * len(completions), r"gave None for row \d+"),
     "text": (lambda completions: ["good"] * len(completions), r"gave 'good' for row \d+"),
     "too few": (lambda completions: [1.0], r"returned 1 values for 120 completions \(of row \d+ to row \d+\)"),
@@ -275,7 +299,10 @@ def test_a_bad_reward_is_explained(tmp_path, case):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"rewards": "tests.objectives.test_online:nothing"}, "cannot be imported .*nothing.*: check module and function"),
+        (
+            {"rewards": "tests.objectives.test_online:nothing"},
+            "cannot be imported .*nothing.*: check module and function",
+        ),
         ({"rewards": []}, "give at least one reward"),
         ({"rewards": [3]}, "3 is no reward"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 rewards"),
@@ -298,7 +325,10 @@ def test_a_bad_setting_is_explained_before_the_first_step(tmp_path, objective, m
         ({"question": "why"}, r'row 1 has no column "prompt" \(it has question\): .*columns = \{prompt = "question"\}'),
         ({"prompt": ""}, "row 1 has an empty 'prompt'"),
         ({"prompt": None}, "row 1 has nothing"),
-        ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "ends with an assistant turn"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "ends with an assistant turn",
+        ),
         ({"prompt": "a " * 200}, "longer than max_length=244 tokens"),
         ({"prompt": "a", "when": {1, 2}}, "row 1 holds what rewards cannot be handed"),
     ],
@@ -330,7 +360,7 @@ def test_a_reward_model_is_a_reward(tmp_path):
         ids = tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True)["input_ids"]
         assert score == pytest.approx(model(ids).logits.item(), abs=1e-5)
     assert rolled_out(trainer)
+    tiny_model("llama").save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
     with pytest.raises(fastpt.errors.ModelError, match="is no reward model"):
-        tiny_model("llama").save_pretrained(tmp_path / "lm")
-        tokenizer.save_pretrained(tmp_path / "lm")
         prepared(tmp_path, objective={"rewards": str(tmp_path / "lm")})
