@@ -159,6 +159,7 @@ class Console:
         done, left = record["step"] - self._first, self._total - record["step"]
         parts = [
             f"loss {_number(record.get('loss'))}",
+            f"reward {_number(record['reward'])}" if "reward" in record else "",
             f"{record['tokens_per_s']:,.0f} tok/s" if record.get("tokens_per_s") else "",
             size(record["peak_bytes"]) if record.get("peak_bytes") else "",
             f"{duration((self._clock() - self._began) / done * left)} left" if left and done > 0 else "",

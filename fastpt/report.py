@@ -118,7 +118,7 @@ def _text(value: Any) -> str:
 
 
 def charts(history: list[dict[str, Any]]) -> list[Any]:
-    """SVGs of the loss with the evaluations, the learning rate, the gradient norm and the throughput."""
+    """SVGs of the reward of online RL, the loss with the evaluations, the learning rate, the gradient norm and the throughput."""
 
     def curve(key: str) -> list[tuple[float, float]]:
         found = [(record["step"], record[key]) for record in history if isinstance(record.get(key), (int, float))]
@@ -130,6 +130,7 @@ def charts(history: list[dict[str, Any]]) -> list[Any]:
     smoothed: list[Curve] = [("training", "faint", loss), ("its running mean", "first", means)]
     training: list[Curve] = smoothed if reach else [("training", "first", loss)]
     wanted: list[tuple[str, list[Curve]]] = [
+        ("Reward", [("answers", "first", curve("reward")), ("evaluation", "second", curve("eval_reward"))]),
         ("Loss", [*training, ("evaluation", "second", curve("eval_loss"))]),
         ("Learning rate", [("", "first", curve("lr"))]),
         ("Gradient norm", [("", "first", curve("grad_norm"))]),

@@ -143,7 +143,7 @@ class RolloutFeed:
                     steps
                 ):  # what a checkpoint goes on from; in between that is the rollout's own beginning
                     self._before, self.at_end_of_epoch = self._position(), self.prompts.at_end_of_epoch
-                packs = best_fit([example.tokens for example in examples], self.micro_tokens)
+                packs = best_fit([example.expanded().tokens for example in examples], self.micro_tokens)
                 yield [[examples[i] for i in sorted(pack)] for pack in packs]
 
 

@@ -310,8 +310,8 @@ class Online(Objective):
 
     def measures(self, batch: Batch, stats: Scored, is_clipped: Tensor) -> dict[str, Tensor]:
         """The metrics of a batch as [sum, divisor], those of its rollout among them."""
-        tokens = torch.tensor(float(len(stats.logprobs)), device=stats.logprobs.device)
-        clips = torch.tensor(float(len(is_clipped)), device=is_clipped.device)
+        tokens = stats.logprobs.new_full((), len(stats.logprobs))
+        clips = is_clipped.new_full((), len(is_clipped))
         found = {
             "entropy": torch.stack([stats.entropy.detach().sum(), tokens]),
             "clip_fraction": torch.stack([is_clipped.sum(), clips]),

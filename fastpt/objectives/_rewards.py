@@ -60,7 +60,8 @@ class Reward:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        given: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in rows[0]} if rows else {}
+        keys = dict.fromkeys(key for row in rows for key in row)
+        given: dict[str, list[Any]] = {key: [row.get(key) for row in rows] for key in keys}
         given |= {"prompts": prompts, "completions": completions, "completion_ids": ids}
         given = {key: value for key, value in given.items() if self.takes_all or key in self.wanted}
         try:
@@ -176,4 +177,6 @@ def load_reward_model(spec: str, device: torch.device, dtype: torch.dtype) -> Re
                 scores[i] = score
         return scores
 
-    return Reward(reward_model, spec)
+    reward = Reward(reward_model, spec)
+    reward.name = Path(spec).name
+    return reward

@@ -79,7 +79,7 @@ class PPO(Online):
             self._values(hidden, batch), fields["old_values"], fields["returns"], self.value_clip
         )
         total = (policy + self.value_weight * value - self.entropy * scored.entropy).sum()
-        tokens = torch.tensor(float(len(value)), device=value.device)
+        tokens = value.new_full((), len(value))
         own = {"value_loss": value.detach().sum(), "value_clip_fraction": is_value_clipped.sum()}
         measures = {name: torch.stack([one, tokens]) for name, one in own.items()}
         return total, self.measures(batch, scored, is_clipped) | measures

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import fastpt
 from fastpt.adapters import VALUE_HEAD
@@ -146,9 +151,16 @@ def test_the_value_head_is_saved_beside_the_model(tmp_path, method):
     assert not any(VALUE_HEAD in name for name in load_file(weights))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "continued"])
 def test_the_reference_is_the_model_before_training(tmp_path, method):
-    trainer = prepared(tmp_path, objective={"kl": 0.1, "iterations": 2}, method=method)
+    """Without its adapter, or a copy where there is none or where it had been trained before."""
+    changes = {"method": method}
+    if method == "continued":
+        model = get_peft_model(
+            tiny_model("llama"), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        )
+        changes = {"model": model}
+    trainer = prepared(tmp_path, objective={"kl": 0.1, "iterations": 2}, **changes)
     examples = rolled_out(trainer)[0]
     for example in examples:
         np.testing.assert_allclose(example.fields["ref_logprobs"], example.fields["old_logprobs"], atol=1e-5)
@@ -337,6 +349,35 @@ def test_a_bad_row_is_explained(tmp_path, row, message):
     objective = {"rewards": lambda completions, **columns: []}
     with pytest.raises(DataError, match=message):
         prepared(tmp_path, objective=objective, data=[row, *[{"prompt": "b"}] * 3])
+
+
+class _LLM:
+    """Stands for vLLM's class: answers with one token, and looks at what it is asked."""
+
+    def __init__(self, model, **options):
+        self.options = options
+
+    def generate(self, prompts, sampling, lora_request, use_tqdm):
+        assert (Path(lora_request.path) / "adapter_model.safetensors").is_file()
+        assert sampling.stop_token_ids == [2]
+        assert all(prompt["prompt_token_ids"] for prompt in prompts)
+        tokens = [(70, 2), (71, 72)]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens[i % 2])]) for i in range(len(prompts))]
+
+
+def test_vllm_reads_the_adapter_before_each_rollout(tmp_path, monkeypatch):
+    class Request(NamedTuple):
+        name: str
+        number: int
+        path: str
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=_LLM, SamplingParams=SimpleNamespace))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=Request))
+    trainer = prepared(tmp_path, objective={"engine": "vllm", "group_size": 2})
+    (step,) = rolled_out(trainer)
+    assert [int(token) for token in step[0].input_ids[-5:] if token in (70, 2, 71, 72)] == [70, 2, 71, 72]
+    with pytest.raises(ConfigError, match="needs an adapter"):
+        prepared(tmp_path / "full", objective={"engine": "vllm"}, method="full")
 
 
 def test_a_reward_is_known_again_by_its_name():
