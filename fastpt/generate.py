@@ -171,8 +171,12 @@ def choose(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     if top_p >= 1:
         # One number a row finds its token in the running sum: multinomial draws one for each token of the vocabulary.
         sums = probabilities.cumsum(-1, dtype=torch.float64)
-        drawn = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device) * sums[:, -1:]
-        return torch.searchsorted(sums, drawn, right=True).clamp(max=sums.shape[1] - 1).squeeze(1)
+        total = sums[:, -1:]
+        drawn = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device) * total
+        drawn = drawn.minimum(
+            total.nextafter(torch.zeros_like(total))
+        )  # rounding must not pass the last possible token
+        return torch.searchsorted(sums, drawn, right=True).squeeze(1)
     count = min(FIRST_CANDIDATES, logits.shape[1])
     top, tokens = probabilities.topk(count)
     if bool((top.sum(-1) < top_p).any()):

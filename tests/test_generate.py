@@ -72,6 +72,14 @@ def test_sampled_tokens_follow_the_softmax():
     torch.testing.assert_close(counts, (logits / 0.7).softmax(-1), rtol=0, atol=0.015)
 
 
+@pytest.mark.parametrize("drawn", [0.0, 1.0])
+def test_what_cannot_come_is_never_drawn(monkeypatch, drawn):
+    """Not even where the random number is the least or, by rounding, the largest."""
+    monkeypatch.setattr(torch, "rand", lambda rows, one, **options: torch.full((rows, one), drawn, dtype=torch.float64))
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
+    assert choose(logits, 1.0, 1.0).item() == (1 if drawn == 0 else 3)
+
+
 @pytest.mark.parametrize("size", [10, 5000])
 def test_top_p_draws_from_the_smallest_nucleus(size):
     """In a wide flat distribution the nucleus reaches past the first candidates."""

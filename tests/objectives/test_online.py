@@ -116,6 +116,17 @@ def test_a_group_may_be_cut_into_several_examples(tmp_path, kind):
     assert found[1][2] == pytest.approx(found[0][2], rel=1e-4, abs=1e-5)
 
 
+def test_micro_batches_hold_what_the_model_sees(tmp_path):
+    trainer = prepared(tmp_path, objective={"group_size": 2}, max_length=128, micro_batch_tokens=100)
+    micro = [
+        collate(examples).input_ids.numel()
+        for _, step in zip(range(3), trainer.feed, strict=False)
+        for examples in step
+    ]
+    assert len(micro) > 3
+    assert max(micro) <= 100
+
+
 def test_a_rollout_depends_on_seed_and_number_alone(tmp_path):
     trainer = prepared(tmp_path / "a")
     ids = lambda steps: [example.input_ids.tolist() for step in steps for example in step]  # noqa: E731

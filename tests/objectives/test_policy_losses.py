@@ -209,5 +209,5 @@ def test_divergences_by_hand():
 
 
 def test_overlong_answers_are_punished_over_the_last_tokens():
-    found = losses.overlong_punishment(torch.tensor([3, 6, 8, 10]), limit=10, buffer=4)
-    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, -0.5, -1.0]))
+    found = losses.overlong_punishment(torch.tensor([3, 6, 8, 10, 12]), limit=10, buffer=4)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.0, -0.5, -1.0, -1.0]))
