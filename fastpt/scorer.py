@@ -23,6 +23,9 @@ class ModelScorer:
         self.model = model
         self.has_reference = has_reference  # a fresh adapter, without which the model is what it was
 
+    def of(self, model: nn.Module) -> ModelScorer:
+        return ModelScorer(model)
+
     @cached_property
     def head(self) -> LanguageHead:
         return LanguageHead.of(self.model)

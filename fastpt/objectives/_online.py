@@ -72,7 +72,7 @@ class Online(Objective):
     _functions: list[Reward] = PrivateAttr(default_factory=list)
     _tokenizer: Any = PrivateAttr(None)
     _model: Any = PrivateAttr(None)
-    _reference: Any = PrivateAttr(None)  # a scorer of its own, where the model cannot answer as it was
+    _reference: Any = PrivateAttr(None)  # the model as it was, where it cannot answer as that itself
     _engine: Any = PrivateAttr(None)
     _device: Any = PrivateAttr(None)
     _seed: int = PrivateAttr(0)
@@ -258,7 +258,7 @@ class Online(Objective):
 
     def _reference_logprobs(self, model: Scorer, batch: Batch) -> Tensor:
         if self._reference is not None:
-            return self._logprobs(self._reference, batch)
+            return self._logprobs(model.of(self._reference), batch)
         with model.reference():
             return self._logprobs(model, batch)
 

@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 from fastpt.adapters import is_adapter_model
-from fastpt.objectives.base import Scorer
 
 
 def is_fresh(model: Any) -> bool:
@@ -17,12 +16,11 @@ def is_fresh(model: Any) -> bool:
     return bool(updates) and not any(bool(p.detach().any()) for p in updates)
 
 
-def frozen_copy(model: Any) -> Scorer:
+def frozen_copy(model: Any) -> Any:
     """The model as it is now, fused; what is not trained is shared with it."""
     from fastpt.fusion import fuse
-    from fastpt.scorer import ModelScorer
 
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     twin = copy.deepcopy(model, shared).eval().requires_grad_(False)
     fuse(twin)
-    return ModelScorer(twin)
+    return twin

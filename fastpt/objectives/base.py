@@ -35,6 +35,9 @@ class Scorer(Protocol):
     def reference(self) -> AbstractContextManager[None]:
         """Within it the model answers as it was before training: adapters off, no gradient, no dropout."""
 
+    def of(self, model: Any) -> Scorer:
+        """The same for another model, such as a copy that is not trained."""
+
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         """The tokens that follow each prompt; options are those of fastpt.generate.generate_tokens."""
 
