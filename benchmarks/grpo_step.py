@@ -2,7 +2,7 @@
 
 Both answer the same prompts as often, with answers of the same length (nothing stops them), train a LoRA of the same rank on
 all linear layers with loss "dapo", and generate and train in bfloat16 (TRL: float32 weights under autocast, its own default).
-A side's time is that of its whole process on its cores, so that what else runs on the machine weighs on neither.
+Time is processor time, so that what else runs on the machine weighs on neither; the two share a process and take turns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ Step = tuple[float, float]  # processor seconds of the rollout, and of the whole
 
 
 def prompts(count: int) -> list[dict[str, str]]:
-    return [{"prompt": f"Add {7 * i % 90 + 10} and {13 * i % 80 + 10}, and explain each step of it."} for i in range(count)]
+    return [
+        {"prompt": f"Add {7 * i % 90 + 10} and {13 * i % 80 + 10}, and explain each step of it."} for i in range(count)
+    ]
 
 
 def reward(completions: Any, **columns: Any) -> list[float]:
@@ -60,7 +62,7 @@ def by_fastpt(options: argparse.Namespace, folder: str) -> Iterator[Step]:
     while True:
         next(steps)
         yield seconds[0], time.process_time() - started
-        started = time.process_time()  # a peer may have run meanwhile, but in this process only when asked
+        started = time.process_time()  # the other may have run since
 
 
 def by_trl(options: argparse.Namespace, folder: str) -> Iterator[Step]:
@@ -68,6 +70,7 @@ def by_trl(options: argparse.Namespace, folder: str) -> Iterator[Step]:
 
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in prompts(options.prompts)]
@@ -85,11 +88,6 @@ def by_trl(options: argparse.Namespace, folder: str) -> Iterator[Step]:
             found = super()._generate(*arguments)
             seconds[0] = time.process_time() - started
             return found
-
-        def training_step(self, *arguments: Any, **named: Any) -> Any:
-            return super().training_step(*arguments, **named)
-
-    from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
         def on_step_begin(self, *arguments: Any, **named: Any) -> None:
@@ -129,7 +127,9 @@ def main() -> None:
                     found[name].append(taken)
     tokens = options.prompts * options.group * options.tokens
     medians = {name: [statistics.median(part) for part in zip(*steps, strict=True)] for name, steps in found.items()}
-    table = Table("", "rollout tokens/s of a core", "step, processor seconds", "rollout", "step", title="GRPO on the CPU")
+    table = Table(
+        "", "rollout tokens/s of a core", "step, processor seconds", "rollout", "step", title="GRPO on the CPU"
+    )
     for name, (rollout, step) in medians.items():
         ratios = [f"{theirs / ours:.2f}" for theirs, ours in zip(medians["trl"], medians[name], strict=True)]
         table.add_row(name, f"{tokens / rollout:.0f}", f"{step:.1f}", *ratios)
