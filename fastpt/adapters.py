@@ -29,6 +29,14 @@ def is_adapter_model(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
+def is_fresh(model: Any) -> bool:
+    """Whether the model without its adapter is the model as it is: an adapter whose update is still zero."""
+    if not is_adapter_model(model):
+        return False
+    updates = [p for name, p in model.named_parameters() if "lora_B" in name]
+    return bool(updates) and not any(bool(p.detach().any()) for p in updates)
+
+
 TASK_TYPES = {
     "causal": "CAUSAL_LM",
     "sequence": "SEQ_CLS",

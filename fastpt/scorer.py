@@ -48,15 +48,24 @@ class ModelScorer:
     def stats(self, hidden: Tensor, batch: Batch, *, temperature: float = 1.0) -> TokenStats:
         return self.head.stats(hidden, batch.targets, kept=batch.kept, temperature=temperature)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     @contextmanager
-    def reference(self) -> Iterator[None]:
+    def frozen(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), self.model.disable_adapter():  # type: ignore[operator]
+            with torch.no_grad():
                 yield
         finally:
             self.model.train(was_training)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        with self.frozen(), self.model.disable_adapter():  # type: ignore[operator]
+            yield
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         return generate_tokens(self.model, prompts, **options)

@@ -17,7 +17,7 @@ import torch
 
 from fastpt import checkpoint, models, ops
 from fastpt.activations import Offload, set_policy
-from fastpt.adapters import apply_method, count_parameters, is_adapter_model
+from fastpt.adapters import apply_method, count_parameters, is_fresh
 from fastpt.config import Config, build, to_json
 from fastpt.console import Console
 from fastpt.data.batches import collate
@@ -115,7 +115,6 @@ class Trainer:
         config, self.watch = settle_memory(config, loaded.model, self.max_length, self.device, self.console.say)
         self.config = config
         torch.manual_seed(config.seed)  # the adapter's initial values do not depend on what loading drew
-        had_adapter = is_adapter_model(loaded.model)
         self.model = apply_method(loaded.model, config.method, self.objective.task)
         self.objective.attach(self.model, self.device, self.dtype)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -124,7 +123,7 @@ class Trainer:
                 parameter.grad_dtype = torch.float32  # gradients add up over micro-batches in float32
         self.handle = fuse(self.model)
         set_policy(self.model, config.activations, offload=Offload(self.output))
-        self.scorer = ModelScorer(self.model, has_reference=is_adapter_model(self.model) and not had_adapter)
+        self.scorer = ModelScorer(self.model, has_reference=is_fresh(self.model))
         self.optimizer = make_optimizer(self.model, config)
         self.in_backward = StepInBackward(self.optimizer) if config.optim.in_backward else None
         self._prepare_data(rows, eval_rows)

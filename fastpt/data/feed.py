@@ -147,9 +147,14 @@ class RolloutFeed:
                 yield [[examples[i] for i in sorted(pack)] for pack in packs]
 
 
-def micro_batches(data: Tokenised, micro_tokens: int) -> Iterator[list[Example]]:
-    """The whole set once, packed, in order: what evaluation runs over."""
+def packs(data: Tokenised, micro_tokens: int) -> Iterator[list[int]]:
+    """Indices of the whole set once, in packs of at most micro_tokens, in order."""
     shape: dict[str, Any] = {"batch_rows": None, "batch_tokens": micro_tokens, "micro_tokens": micro_tokens}
     for step in plan_epoch(data.lengths, **shape, seed=0, epoch=0, shuffle=False):
-        for micro in step:
-            yield [data.example(i) for i in micro]
+        yield from step
+
+
+def micro_batches(data: Tokenised, micro_tokens: int) -> Iterator[list[Example]]:
+    """The same as examples: what evaluation runs over."""
+    for pack in packs(data, micro_tokens):
+        yield [data.example(i) for i in pack]

@@ -12,6 +12,7 @@ from fastpt.errors import ConfigError
 OBJECTIVES = {
     "sft": "fastpt.objectives.sft:SFT",
     "pretrain": "fastpt.objectives.pretrain:Pretrain",
+    "dpo": "fastpt.objectives.dpo:DPO",
     "grpo": "fastpt.objectives.grpo:GRPO",
     "rloo": "fastpt.objectives.rloo:RLOO",
     "ppo": "fastpt.objectives.ppo:PPO",

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
 
+from fastpt.adapters import is_fresh
 from fastpt.data.batches import Batch, collate
 from fastpt.data.example import Example
 from fastpt.data.files import Row
@@ -25,7 +26,7 @@ from fastpt.data.prompts import prompt_example, prompt_format, rows_of
 from fastpt.data.tokenised import Tokenised
 from fastpt.generate import stop_tokens
 from fastpt.objectives import _policy_losses as losses
-from fastpt.objectives._reference import frozen_copy, is_fresh
+from fastpt.objectives._reference import frozen_copy
 from fastpt.objectives._rewards import Reward, as_reward, load_reward_model
 from fastpt.objectives._rollouts import Group, OwnEngine, VLLMEngine, joined, seeded
 from fastpt.objectives.base import Objective, Prepare, Scorer
@@ -234,17 +235,12 @@ class Online(Objective):
         """What `read` says of each trained token, an array for each example; without a gradient."""
         found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(examples)
         sizes = [example.expanded().tokens for example in examples]
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        with model.frozen():
             for pack in best_fit(sizes, self._micro_tokens):
-                with torch.no_grad():
-                    values = read(model, collate([examples[i] for i in pack]).to(self._device)).cpu().numpy()
+                values = read(model, collate([examples[i] for i in pack]).to(self._device)).cpu().numpy()
                 ends = np.cumsum([sum(examples[i].trained_tokens) for i in pack])
                 for i, part in zip(pack, np.split(values, ends[:-1]), strict=True):
                     found[i] = part
-        finally:
-            self._model.train(was_training)
         return found
 
     def scored(self, hidden: Tensor, model: Scorer, batch: Batch) -> Scored:

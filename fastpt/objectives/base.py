@@ -32,6 +32,13 @@ class Scorer(Protocol):
     def stats(self, hidden: Tensor, batch: Batch, *, temperature: float = 1.0) -> TokenStats:
         """Per-token log-probability, entropy, logsumexp and top-1 of the targets, float32 [T]."""
 
+    @property
+    def device(self) -> Any:
+        """Where the model is."""
+
+    def frozen(self) -> AbstractContextManager[None]:
+        """Within it there is no gradient and no dropout."""
+
     def reference(self) -> AbstractContextManager[None]:
         """Within it the model answers as it was before training: adapters off, no gradient, no dropout."""
 
