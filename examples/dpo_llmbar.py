@@ -41,10 +41,10 @@ def main() -> None:
         seed=options.seed,
         output=options.output,
     )
-    found = run.metrics
+    found, seconds = run.metrics, time.monotonic() - started
     print(
-        f"{len(rows) - fifth} pairs in {time.monotonic() - started:.0f} s; of {fifth} held-out pairs {found['eval_accuracy']:.3f} "
-        f"judged right, margin {found['eval_margin']:.4f}, loss {found['eval_loss']:.4f} (0.6931 before)"
+        f"{len(rows) - fifth} pairs in {seconds:.0f} s; of {fifth} held-out pairs {found['eval_accuracy']:.3f} judged right, "
+        f"margin {found['eval_margin']:.4f}, loss {found['eval_loss']:.4f} (0.6931 before)"
     )
 
 
