@@ -10,7 +10,7 @@ STAMP := $(VENV)/.fastpt-installed
 MODEL := .cache/smollm2
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: help setup demo test sanitize cuda-check check lint format types gpu-evidence bench gpu doctor clean
+.PHONY: help setup demo test sanitize cuda-check cuda-build check lint format types gpu-evidence bench gpu doctor clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
@@ -41,6 +41,9 @@ sanitize: $(STAMP) ## the C++ kernels' tests under AddressSanitizer and UBSan, a
 
 cuda-check: $(STAMP) ## the CUDA kernels compiled for six architectures and their machine code read, without a GPU
 	$(PYTHON) -m tests.cuda_check
+
+cuda-build: ## the extension with its CUDA part built, imported and its ops listed, without a GPU: PYTHON=... has a CUDA torch
+	$(PYTHON) -m tests.cuda_build
 
 check: lint types test ## everything that must hold before a commit
 

@@ -45,6 +45,10 @@ def native_module() -> dict:
     has_cuda = torch.version.cuda is not None and CUDA_HOME is not None
     if torch.version.cuda is not None and not has_cuda:
         print("fastpt: no nvcc found, building without the CUDA C++ kernels (set CUDA_HOME for them)", file=sys.stderr)
+    if has_cuda and not torch.cuda.is_available():  # without a GPU torch does not know what to compile for
+        built_for = sorted(int(arch.removeprefix("sm_")) for arch in torch._C._cuda_getArchFlags().split())
+        wanted_archs = ";".join(f"{arch // 10}.{arch % 10}" for arch in built_for if arch >= 80)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{wanted_archs}+PTX")
     sources = [path for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp")]
     if has_cuda:
         sources += [path for ending in ("*.cpp", "*.cu") for path in Path("csrc/cuda").glob(ending)]

@@ -101,6 +101,10 @@ class Recipe:
         """A call on a whole batch, without a cache."""
         return Call(layout, self.scale, self.softcap, self.heads, self.kv_heads, self.head_dim)
 
+    def norm_weight(self, block: nn.Module) -> Tensor:
+        """It has the dtype of the block's activations outside autocast; adapters may have another."""
+        return part(block, self.norm.name, self.norm.kind).weight  # type: ignore[return-value]
+
     def read_weights(self, block: nn.Module, dtype: torch.dtype) -> tuple[QKV, OutputMLP]:
         """The two pieces that hold weights, as they are now, for hidden states of `dtype`."""
         attention = part(block, self.attention, self.attention_kind)

@@ -28,7 +28,7 @@ from fastpt.fusion.projection import (
     check_untouched,
     out_features,
 )
-from fastpt.fusion.recognise import PROBE_TOKENS, activation_of, evaluating, part_dtype
+from fastpt.fusion.recognise import PROBE_TOKENS, activation_of, evaluating
 from fastpt.ops._dropout import drawn_seed
 
 
@@ -112,6 +112,12 @@ class EncoderRecipe:
         weights = weights._replace(norm=_seeded(weights.norm), mlp_norm=_seeded(weights.mlp_norm))
         dropout_p = dropout_of(block, self.names.attention_dropout)
         return weights, EncoderCall(layout, self.scale, self.head_dim, dropout_p, drawn_seed(dropout_p))
+
+    def norm_weight(self, block: nn.Module) -> Tensor:
+        """It has the dtype of the block's activations outside autocast; adapters may have another."""
+        if (weight := _norm(block, self.names.norm, None).weight) is None:
+            raise NotFusable(f"{self.names.norm} has no weight")
+        return weight
 
     def read_weights(self, block: nn.Module, dtype: torch.dtype) -> EncoderBlock:
         """The weights as they are now, for hidden states of `dtype`; no seeds are drawn yet."""
@@ -212,7 +218,7 @@ def _verified(block: nn.Module, recipe: EncoderRecipe) -> EncoderRecipe:
     weight = next((p for p in block.parameters() if p.dim() == 2), None)
     if weight is None or weight.is_meta:
         raise NotFusable("weights are not loaded")
-    dtype, names = part_dtype(block), recipe.names
+    dtype, names = recipe.norm_weight(block).dtype, recipe.names
     width = at(block, names.norm).normalized_shape[0]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(weight.device, dtype)

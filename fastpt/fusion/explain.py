@@ -108,7 +108,7 @@ def _op_of(linears: Linears) -> str:
 
 def _block_rows(path: str, block: nn.Module, recipe: Recipe, patch: Patch, device: str) -> list[Row]:
     try:
-        qkv, mlp = recipe.read_weights(block, next(p.dtype for p in block.parameters() if p.dim() == 1))
+        qkv, mlp = recipe.read_weights(block, recipe.norm_weight(block).dtype)
     except NotFusable as reason:
         return [Row(path, "", "", str(reason))]
     if patch.fallback:
@@ -118,8 +118,7 @@ def _block_rows(path: str, block: nn.Module, recipe: Recipe, patch: Patch, devic
     rows += [_served(f"{attention}.{name}", _op_of(qkv.projections), device) for name in recipe.qkv]
     rows += [_served(f"{attention}.{norm.name}", "rms_norm", device) for norm in (recipe.q_norm, recipe.k_norm) if norm]
     window = getattr(block._modules[recipe.attention], "sliding_window", None)
-    norm = next(p for p in block.parameters() if p.dim() == 1)  # of the activations' dtype
-    options = norm, recipe.head_dim, window, recipe.softcap
+    options = recipe.norm_weight(block), recipe.head_dim, window, recipe.softcap
     rows += [_served(attention, "rope", device), _attention(attention, "attention", *options)]
     rows.append(_served(f"{attention}.{recipe.output}", _op_of(mlp.output), device))
     rows += [_served(f"{path}.{n.name}", "rms_norm", device) for n in (recipe.after_attention, recipe.after_mlp) if n]
@@ -146,7 +145,7 @@ def _expert_rows(path: str, module: nn.Module, patch: Patch | None, device: str)
 def _encoder_rows(path: str, block: nn.Module, recipe: EncoderRecipe, patch: Patch, device: str) -> list[Row]:
     names = recipe.names
     try:
-        recipe.read_weights(block, next(p.dtype for p in block.parameters() if p.dim() == 1))
+        recipe.read_weights(block, recipe.norm_weight(block).dtype)
         drops = dropout_of(block, names.attention_dropout)
     except NotFusable as reason:
         return [Row(path, "", "", str(reason))]

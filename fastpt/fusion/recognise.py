@@ -203,7 +203,7 @@ def verified(block: nn.Module, recipe: Recipe) -> Recipe:
     weight = next((p for p in block.parameters() if p.dim() == 2), None)
     if weight is None or weight.is_meta:
         raise NotFusable("weights are not loaded")
-    dtype = part_dtype(block)
+    dtype = recipe.norm_weight(block).dtype
     generator = torch.Generator().manual_seed(0)
     width = next(p.numel() for p in block._modules[recipe.norm.name].parameters())  # type: ignore[union-attr]
     x = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(weight.device, dtype)
@@ -229,8 +229,3 @@ def verified(block: nn.Module, recipe: Recipe) -> Recipe:
     if not error <= (1e-4 if dtype.itemsize >= 4 else 3e-2):
         raise NotFusable(f"its forward computes something else (relative difference {error:.1e} on random tokens)")
     return recipe
-
-
-def part_dtype(block: nn.Module) -> torch.dtype:
-    """The dtype of a block's activations outside autocast: that of its norms."""
-    return next(p.dtype for p in block.parameters() if p.dim() == 1)

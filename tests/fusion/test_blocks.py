@@ -149,13 +149,14 @@ def test_bfloat16_is_no_worse_than_unfused(family):
     assert_not_worse(got, eager, truth)
 
 
-def test_bfloat16_gradients_are_no_worse_than_unfused():
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_bfloat16_gradients_are_no_worse_than_unfused(adapter):
     """Of float32 adapters beside a bfloat16 base, as PEFT makes them."""
-    model, ids = adapted("llama", "lora").to(torch.bfloat16), tokens(2, 40)
+    model, ids = adapted("llama", adapter).to(torch.bfloat16), tokens(2, 40)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    exact = adapted("llama", "lora").double()
+    exact = adapted("llama", adapter).double()
     exact.load_state_dict(model.state_dict())
     truth, eager = (step(one, input_ids=ids, labels=ids) for one in (exact, model))
     with fastpt.fuse(model) as handle:
