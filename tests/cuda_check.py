@@ -1,5 +1,8 @@
 """Compile the CUDA kernels for every architecture and read their machine code: make cuda-check. No GPU is needed.
 
+What a launch moves is counted in its emulation on the CPU (tests/cuda/), each thread's accesses without a cache, and held
+against the floor: each input read and each output written once.
+
 A warning fails, and so do spilled registers or a stack, more than 128 registers, and a kernel with fewer 16-byte accesses
 than the line above it says it streams by. That line is `// cuda-check: NAME N loads and M stores of 16 bytes`; each kernel
 has one (0 and 0 where it does not stream).
@@ -20,8 +23,10 @@ from benchmarks.evidence.machine_code.sass import Code, parse
 
 ROOT = Path(__file__).parents[1]
 MOST_REGISTERS = 128
+MOST_MOVED = 1.1  # of the floor
 _STATED = re.compile(r"// cuda-check: (\w+) (\d+) loads and (\d+) stores of 16 bytes")
 _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\s*\(")
+_MOVED = re.compile(r"(.+): (\d+) bytes, floor (\d+)")
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for")
 _USED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers", re.DOTALL)
 _SHARED = re.compile(r"(\d+) bytes smem")
@@ -127,12 +132,34 @@ def _told(kernel: Compiled, arch: int) -> str:
     )
 
 
+def counted(emulation: Path) -> str:
+    """What an emulation says its launches move, a line for each."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / emulation.stem
+        command = ["c++", "-std=c++20", "-O2", f"-I{ROOT / 'csrc'}", emulation, "-o", program]
+        subprocess.run(command, check=True)
+        return subprocess.run([program, "traffic"], check=True, capture_output=True, text=True).stdout
+
+
+def traffic_faults(said: str) -> list[str]:
+    """Print a line for each launch; which of them move too much."""
+    faults = []
+    for what, moved, floor in _MOVED.findall(said):
+        times = int(moved) / int(floor)
+        print(f"{what}: moves {times:.3f} x its floor of {int(floor):,} bytes", flush=True)
+        if times > MOST_MOVED:
+            faults.append(f"{what} moves {times:.3f} x its floor, at most {MOST_MOVED}")
+    return faults or ([] if said else ["no launch was counted"])
+
+
 def main() -> None:
     if nvcc() is None or nvdisasm() is None:
         print("cuda-check: skipped, " + ("no nvcc here" if nvcc() is None else "no nvdisasm here"))
         return
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     faults = [fault for source in sources for arch in ARCHITECTURES for fault in report(source, arch)]
+    for emulation in sorted((ROOT / "tests/cuda").glob("*_emulation.cpp")):
+        faults += traffic_faults(counted(emulation))
     if faults:
         sys.exit("\n".join(["cuda-check failed", *faults]))
     print(f"cuda-check: {len(sources)} files, {len(ARCHITECTURES)} architectures, nothing to object to")

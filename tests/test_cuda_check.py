@@ -51,6 +51,12 @@ def test_too_many_registers():
     assert cuda_check.faults_of(kernel, cuda_check.Stated(0, 0)) == ["129 registers, at most 128"]
 
 
+def test_a_launch_that_moves_too_much_is_named():
+    said = "unpack: 115 bytes, floor 100\npack: 105 bytes, floor 100\n"
+    assert cuda_check.traffic_faults(said) == ["unpack moves 1.150 x its floor, at most 1.1"]
+    assert cuda_check.traffic_faults("") == ["no launch was counted"]
+
+
 def test_says_skipped_without_nvcc():
     done = subprocess.run(
         [sys.executable, "-m", "tests.cuda_check"],

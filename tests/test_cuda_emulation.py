@@ -14,10 +14,15 @@ FAULTS = {  # in a header of csrc/cuda: what stands there, what would be wrong
     "a last program missing": ("adamw.h", "(size + kProgramValues - 1) / kProgramValues", "size / kProgramValues + (size == 1)"),
     "a scale from another thread": ("adamw_body.h", "if (thread % kScaleThreads == 0)", "if (thread % kScaleThreads == 1)"),
     "an address that is not aligned": ("adamw_body.h", "thread * kThreadValues + g * kGroup", "thread * kGroup + g * kGroup"),
-    "NF4 out of range": ("nf4_body.h", "left >= kGroup ? kGroup", "left > 0 ? kGroup"),
+    "NF4 out of range": ("nf4_body.h", "left >= most ? most", "left > 0 ? most"),
     "NF4 a last program missing": ("nf4.h", "(size + kNf4ProgramValues - 1) / kNf4ProgramValues", "size / kNf4ProgramValues"),
-    "NF4 another block's scale": ("nf4_body.h", "first / kNf4Block)", "first / (2 * kNf4Block))"),
+    "NF4 another block's scale": ("nf4_body.h", "place * kGroup / kNf4Block]", "place * kGroup / (2 * kNf4Block)]"),
     "NF4 halves of a byte": ("nf4_body.h", "i % 2 == 0 ? 4 : 0", "i % 2 == 0 ? 0 : 4"),
+    "NF4 another thread's codes": ("nf4_body.h", "shared.pieces[p * kThreads + thread]", "shared.pieces[p * kThreads + (thread ^ 1)]"),
+    "NF4 packed out of range": ("nf4_pack_body.h", "left >= kGroup ? kGroup", "left > 0 ? kGroup"),
+    "NF4 packed by another's scale": ("nf4_pack_body.h", "thread % kNf4Sharers == 0", "thread % kNf4Sharers == 1"),
+    "NF4 a last part as if whole": ("nf4_pack_body.h", "(block + 1) * kNf4Block <= task.size", "block * kNf4Block <= task.size"),
+    "NF4 scales of another program": ("nf4_pack_body.h", "kNf4MapSize + 1 + program]", "kNf4MapSize + 1]"),
 }  # fmt: skip
 
 
@@ -32,7 +37,7 @@ def run(name: str, folder: Path, sources: Path = ROOT / "csrc") -> subprocess.Co
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-@pytest.mark.parametrize(("name", "tensors"), [("adamw", 168), ("nf4", 168)])
+@pytest.mark.parametrize(("name", "tensors"), [("adamw", 168), ("nf4", 311)])
 def test_a_launch_touches_every_value_and_no_other(name, tensors, tmp_path):
     done = run(f"{name}_emulation", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

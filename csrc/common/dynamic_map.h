@@ -129,6 +129,48 @@ FASTPT_FORMULA int32_t unsigned_index(const float* last, float x) {
   return place.index(last[place.slot]);
 }
 
+// The same index without a table of 256: pieces on which it is floor(slope * a + offset), at most `most`: zero, seven
+// decades and one. Where the floor or the end of a piece is too close to say, `last` decides. An exponent has the end
+// of at most one piece.
+struct MapPieces {
+  static constexpr int32_t kNear = 64;          // steps of a float around the end of a piece
+  static constexpr float kTooClose = 0x1p-12f;  // to a whole number: ten times what rounding moves it
+  float slope[16], offset[16], most[16];
+  int32_t end[32];    // of the piece that ends in an exponent, modulo 32: its bits less kNear; else beyond all
+  int32_t piece[32];  // the one that an exponent begins in
+};
+
+constexpr MapPieces map_pieces(bool is_signed) {
+  constexpr double kEdges[] = {1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1};
+  const DynamicMap map = dynamic_map(is_signed);
+  const float* last = map.last + (is_signed ? 128 : 0);  // by the number of a positive code
+  MapPieces pieces{};
+  float ends[8] = {};
+  int first = 1;  // code of the decade
+  for (int decade = 0; decade < 7; ++decade) {
+    const int count = (is_signed ? 1 : 2) << decade;
+    const double slope = count / (kEdges[decade] * 9.0);
+    pieces.slope[decade + 1] = static_cast<float>(slope);
+    pieces.offset[decade + 1] = static_cast<float>(first - kEdges[decade] * slope);
+    ends[decade] = last[first - 1];
+    first += count;
+    pieces.most[decade + 1] = static_cast<float>(first) - 0.5f;
+  }
+  ends[7] = last[first - 1];
+  if (!is_signed) ends[0] = static_cast<float>(kEdges[0]);  // what is below it takes the first code too
+  pieces.offset[0] = pieces.most[0] = is_signed ? 0.5f : 1.5f;
+  pieces.offset[8] = pieces.most[8] = static_cast<float>(first) + 0.5f;
+  for (int exponent = 96, piece = 0; exponent < 128; ++exponent) {
+    pieces.piece[exponent % 32] = piece;
+    pieces.end[exponent % 32] = 0x7f000000;
+    const int32_t bits = piece < 8 ? std::bit_cast<int32_t>(ends[piece]) : 0;
+    if (bits >> 23 != exponent) continue;
+    pieces.end[exponent % 32] = bits - MapPieces::kNear;
+    ++piece;
+  }
+  return pieces;
+}
+
 // Magnitudes as integers: their maximum does not depend on the order, and a NaN is the largest.
 FASTPT_FORMULA uint32_t magnitude_bits(float x) {
   uint32_t bits;

@@ -83,6 +83,20 @@ FASTPT_FORMULA float nf4_step_of(float value) {
   return step == step ? static_cast<float>(static_cast<int32_t>(step)) : 0.0f;
 }
 
+// How the values of a block become codes: those of a whole one by a factor, those of a last part by division.
+struct Nf4Divisor {
+  float absmax, divisor, factor;
+  bool is_whole;
+
+  FASTPT_FORMULA uint32_t code(float value) const { return nf4_code(is_whole ? value * factor : value / divisor); }
+  FASTPT_FORMULA float stored() const { return is_whole ? absmax : divisor; }
+};
+
+FASTPT_FORMULA Nf4Divisor nf4_divisor(float absmax, bool is_whole) {
+  const float divisor = absmax < kNf4LeastScale ? kNf4LeastScale : absmax;
+  return {absmax, divisor, 1.0f / divisor, is_whole};
+}
+
 // The code of the map's number nearest to a value, by its step; the map is sorted.
 FASTPT_FORMULA uint8_t nf4_scale_code(float value, const float* map) {
   const float at = rounded_product(nf4_step_of(value), 2.0f / 65535.0f) - 1.0f;
@@ -95,6 +109,11 @@ FASTPT_FORMULA uint8_t nf4_scale_code(float value, const float* map) {
       high = middle;
   }
   return static_cast<uint8_t>(map[high] - at < at - map[low] ? high : low);
+}
+
+// That of a scale, less their offset, by the largest magnitude of those that share one; all are 0 where all are equal.
+FASTPT_FORMULA uint8_t nf4_nested_code(float centred, float absmax, const float* map) {
+  return absmax > 0.0f ? nf4_scale_code(centred * (1.0f / absmax), map) : uint8_t{0};
 }
 
 }  // namespace fastpt

@@ -40,6 +40,12 @@ struct EightBitState {
   float* exp_avg_sq_absmax;
 };
 
+// The maps of both moments.
+struct EightBitMaps {
+  DynamicMap first = dynamic_map(true), second = dynamic_map(false);
+  MapPieces first_pieces = map_pieces(true), second_pieces = map_pieces(false);
+};
+
 // That of a tensor with float32 moments; of `master` and `stream` one or none.
 Update adamw_update(const AdamW& c, const at::Tensor& param, const at::Tensor& grad, const at::Tensor& exp_avg,
                     const at::Tensor& exp_avg_sq, const at::Tensor* master, const RandomStream* stream);

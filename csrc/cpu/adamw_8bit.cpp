@@ -16,7 +16,7 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-const DynamicMap kSignedMap = dynamic_map(true), kUnsignedMap = dynamic_map(false);
+const EightBitMaps kMaps;
 
 static_assert(kBlock % kStateBlock == 0);
 
@@ -31,7 +31,7 @@ Update update_8bit(const AdamW& c, const AdamWLists& all, size_t i, const Tensor
       update = [=, kernel = FASTPT_BY_ISA(adamw_8bit_blocks<P, G>), p = all.params[i].mutable_data_ptr<P>(),
                 g = grad.const_data_ptr<G>(), grad = grad,
                 random = stream == nullptr ? std::optional<RandomStream>() : *stream](int64_t first, int64_t end) {
-        kernel(first, end - first, c, kSignedMap, kUnsignedMap, random ? &*random : nullptr, p, g, master, state);
+        kernel(first, end - first, c, kMaps, random ? &*random : nullptr, p, g, master, state);
       };
     });
   });

@@ -72,21 +72,18 @@ float nf4_pack(int64_t block, int64_t n, const T* values, uint8_t* packed) {
   }
   float absmax;
   std::memcpy(&absmax, &most, sizeof absmax);
-  const bool is_whole = n == kNf4Block;
-  const float divisor = absmax < kNf4LeastScale ? kNf4LeastScale : absmax, factor = 1.0f / divisor;
+  const Nf4Divisor by = nf4_divisor(absmax, n == kNf4Block);
   uint32_t codes[kNf4Block];
-  for (int64_t i = 0; i < kNf4Block; ++i) codes[i] = nf4_code(is_whole ? wide[i] * factor : wide[i] / divisor);
+  for (int64_t i = 0; i < kNf4Block; ++i) codes[i] = by.code(wide[i]);
   if (n % 2 != 0) codes[n] = nf4_code(0.0f);
   for (int64_t i = 0; i < n; i += 2) packed[i / 2] = static_cast<uint8_t>(codes[i] << 4 | codes[i + 1]);
-  return is_whole ? absmax : divisor;
+  return by.stored();
 }
 
-// Codes of at most 256 scales, less the offset, in a map, and their absolute maximum; all are 0 where all are equal.
+// Codes of at most 256 scales, less the offset, in a map, and their absolute maximum.
 inline float nf4_pack_scales(int64_t n, const float* scales, float offset, const float* map, uint8_t* codes) {
   float absmax = 0.0f;
   for (int64_t i = 0; i < n; ++i) absmax = std::max(absmax, __builtin_fabsf(scales[i] - offset));
-  const float factor = 1.0f / absmax;
-  for (int64_t i = 0; i < n; ++i)
-    codes[i] = absmax > 0.0f ? nf4_scale_code((scales[i] - offset) * factor, map) : uint8_t{0};
+  for (int64_t i = 0; i < n; ++i) codes[i] = nf4_nested_code(scales[i] - offset, absmax, map);
   return absmax;
 }

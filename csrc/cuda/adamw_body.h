@@ -62,7 +62,9 @@ FASTPT_FORMULA Codes load_codes(const void* base, int64_t first, int count, bool
   Codes codes{};
   FASTPT_UNROLL
   for (int i = 0; i < kThreadValues; ++i) {
-    if (i < count) codes.put(i, from[i]);
+    if (i >= count) continue;
+    count_loaded(1);
+    codes.put(i, from[i]);
   }
   return codes;
 }
@@ -75,7 +77,9 @@ FASTPT_FORMULA void store_codes(void* base, int64_t first, int count, bool is_wi
   }
   FASTPT_UNROLL
   for (int i = 0; i < kThreadValues; ++i) {
-    if (i < count) to[i] = codes.at(i);
+    if (i >= count) continue;
+    count_stored(1);
+    to[i] = codes.at(i);
   }
 }
 
@@ -136,6 +140,7 @@ FASTPT_FORMULA void update_tile(const AdamWRow& row, const AdamW& shared, const 
     const Codes codes = load_codes(row.exp_avg, places[0].first, count, is_wide);
     const Codes codes_sq = load_codes(row.exp_avg_sq, places[0].first, count, is_wide);
     const int64_t block = places[0].first / kStateBlock;
+    if (count > 0) count_loaded(8);
     const float scale = count > 0 ? row.exp_avg_absmax[block] : 0.0f;
     const float scale_sq = count > 0 ? row.exp_avg_sq_absmax[block] : 0.0f;
     FASTPT_UNROLL
@@ -200,6 +205,7 @@ FASTPT_FORMULA void store_moments(const AdamWRow& row, const float* first_last, 
   store_codes(row.exp_avg, low.first, count, high.is_wide, codes);
   store_codes(row.exp_avg_sq, low.first, count, high.is_wide, codes_sq);
   if (thread % kScaleThreads == 0) {
+    count_stored(8);
     row.exp_avg_absmax[low.first / kStateBlock] = absmax;
     row.exp_avg_sq_absmax[low.first / kStateBlock] = absmax_sq;
   }

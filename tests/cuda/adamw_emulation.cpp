@@ -1,4 +1,5 @@
 // The AdamW launch, emulated, against a plain loop over every value: tests/test_cuda_emulation.py builds and runs it.
+// With the argument "traffic" it prints instead what a launch moves and its floor, for tests/cuda_check.py.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -199,9 +200,31 @@ void launch(const std::vector<AdamWRow>& rows, int64_t programs) {
   }
 }
 
+// Of a projection of 1000 x 1024 values in bfloat16. A program reads its row of the table and, for 8 bits, the maps.
+void traffic_of_launches() {
+  std::mt19937 random(1);
+  const int64_t size = 1000 * 1024, programs = programs_of(size);
+  for (const bool is_8bit : {false, true})
+    for (const bool has_master : {false, true}) {
+      const Case c{size, Dtype::bfloat16, Dtype::bfloat16, is_8bit, has_master, !has_master, 0};
+      Tensor tensor(c, random);
+      launch({tensor.row(0, 0)}, programs);
+      const int64_t shared = sizeof(AdamWRow) + (is_8bit ? sizeof kFirst + sizeof kSecond : 0);
+      const int64_t values = 2 + 2 + (has_master ? 8 : 2), moments = is_8bit ? 4 : 16;
+      std::printf("adamw %s, %s: %ld bytes, floor %ld\n", is_8bit ? "8 bits" : "32 bits",
+                  has_master ? "masters" : "stochastic", long(traffic.loaded + traffic.stored + programs * shared),
+                  long(size * (values + moments) + tensor.blocks * 16));
+      traffic = {};
+    }
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count == 2 && std::strcmp(arguments[1], "traffic") == 0) {
+    traffic_of_launches();
+    return 0;
+  }
   std::mt19937 random(1);
   std::vector<Case> cases;
   const int64_t sizes[] = {1, 7, 8, 15, 17, 255, 256, 257, 4095, 4096, 4097, 16383, 16385, 40001};

@@ -73,8 +73,15 @@ def test_the_map_is_that_of_bitsandbytes(is_signed):
     assert torch.equal(dynamic_map(is_signed), functional.create_dynamic_map(is_signed))
 
 
+def around_halfway(is_signed):
+    """And next to it: the kernel decides near the ends of the map's decades in another way than between them."""
+    middle = halfway(is_signed)
+    moved = [(middle.view(torch.int32) + k).view(torch.float32) for k in (-65, -64, -63, -9, -1, 0, 1, 9, 63, 64, 65)]
+    return torch.cat([x.where(middle < 1, 1.0) for x in moved])
+
+
 @pytest.mark.parametrize(
-    "grad", [spread(n) for n in (1, 255, 256, 257, 40001)] + [halfway(True), halfway(False).sqrt()]
+    "grad", [spread(n) for n in (1, 255, 256, 257, 40001)] + [around_halfway(True), around_halfway(False).sqrt()]
 )
 def test_the_kernel_rounds_as_defined(grad):
     """With betas of 0 the moments are the gradient and its square: codes and scales to the bit."""
