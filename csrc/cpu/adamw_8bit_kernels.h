@@ -174,6 +174,12 @@ FASTPT_INLINE void round_moments(int32_t n, const DynamicMap& map, const MapPiec
 }
 #endif
 
+template <typename T>
+FASTPT_INLINE void fetch_block(const T* at) {
+  constexpr int kLine = 64 / sizeof(T);
+  for (int i = 0; i < kStateBlock; i += kLine) __builtin_prefetch(at + i);
+}
+
 // Values [first, first + n) of a tensor, first a multiple of kStateBlock; the pointers are those of the tensor. With a
 // master `param` becomes its rounded copy; with a stream it is rounded stochastically.
 template <typename P, typename G>
@@ -185,6 +191,12 @@ void adamw_8bit_blocks(int64_t first, int64_t n, const AdamW& c, const EightBitM
     const int64_t block = start / kStateBlock;
     const EightBitState state{whole.exp_avg + start, whole.exp_avg_sq + start, whole.exp_avg_absmax + block,
                               whole.exp_avg_sq_absmax + block};
+    if (start + kStateBlock < first + n) {  // the hardware alone fetches it too late
+      fetch_block(state.exp_avg + kStateBlock);
+      fetch_block(state.exp_avg_sq + kStateBlock);
+      fetch_block(grad + start + kStateBlock);
+      fetch_block(param + start + kStateBlock);
+    }
     float values[kStateBlock], exp_avg[kStateBlock], exp_avg_sq[kStateBlock];
     uint32_t first_bits, second_bits;
     first_values(length, state.exp_avg, exp_avg);

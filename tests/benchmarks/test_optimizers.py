@@ -1,6 +1,8 @@
 """The optimizers' benchmark runs, and its table of bytes is what the layouts add up to."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +26,10 @@ def test_losses_of_all_runs_and_their_verdict(tmp_path):
     for one in found:
         assert one["off_percent"] == pytest.approx(100 * (one["held_out"] / exact - 1))
     assert len({tuple(one["losses"]) for one in found}) == len(found)
+
+
+def test_the_documented_bytes_are_those_of_the_table():
+    text = (Path(__file__).parents[2] / "docs/optimizers.md").read_text()
+    figures = [(f"{moved:.2f}", f"{kept:.2f}") for _, moved, kept, _ in optimizers.bytes_table()]
+    section = text.split("## Bytes per parameter")[1].split("Sources:")[0]
+    assert re.findall(r"\| (\d+\.\d\d) \| (\d+\.\d\d) \|", section) == figures

@@ -136,6 +136,23 @@ def test_a_gpu_dequantises_to_the_same_bits(dtype, nested):
         assert same_bits(nf4_dequantize(moved, dtype).cpu(), nf4_dequantize(ours, dtype))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpu_quantises_to_the_same_bits(dtype, nested):
+    for shape in [*SHAPES, (0, 64)]:
+        weight = values(shape, dtype)
+        packed, absmax, maps = quantize(weight.cuda(), SCALE_MAP.cuda() if nested else None)
+        expected = quantize(weight, None)
+        assert torch.equal(packed.cpu(), expected[0])
+        if nested:  # the GPU's mean, to which the rest is exact
+            codes, again = run_reference(quantize, weight.cuda(), SCALE_MAP.cuda())[1:]
+            assert torch.equal(absmax, codes)
+            assert same_bits(maps, again)
+        else:
+            assert same_bits(absmax.cpu(), expected[1])
+
+
 def test_layouts_and_empty():
     weight = values((96, 64))
     ours = nf4_quantize(weight.t())
