@@ -18,7 +18,7 @@ FAULTS = {  # in a header of csrc/cuda: what stands there, what would be wrong
     "NF4 a last program missing": ("nf4.h", "(size + kNf4ProgramValues - 1) / kNf4ProgramValues", "size / kNf4ProgramValues"),
     "NF4 another block's scale": ("nf4_body.h", "place * kGroup / kNf4Block]", "place * kGroup / (2 * kNf4Block)]"),
     "NF4 halves of a byte": ("nf4_body.h", "i % 2 == 0 ? 4 : 0", "i % 2 == 0 ? 0 : 4"),
-    "NF4 another thread's codes": ("nf4_body.h", "shared.pieces[p * kThreads + thread]", "shared.pieces[p * kThreads + (thread ^ 1)]"),
+    "NF4 another thread's codes": ("nf4_body.h", "pieces[p * kThreads + thread]", "pieces[p * kThreads + (thread ^ 1)]"),
     "NF4 packed out of range": ("nf4_pack_body.h", "left >= kGroup ? kGroup", "left > 0 ? kGroup"),
     "NF4 packed by another's scale": ("nf4_pack_body.h", "thread % kNf4Sharers == 0", "thread % kNf4Sharers == 1"),
     "NF4 a last part as if whole": ("nf4_pack_body.h", "(block + 1) * kNf4Block <= task.size", "block * kNf4Block <= task.size"),
