@@ -124,7 +124,7 @@ struct Forward {
   Heads<T> out;
   float* lse;
   const float* sinks;  // null: none
-  T* shared;  // [2, heads_kv, packed_keys, columns]: the packed keys of heads that several units share
+  T* shared;           // [2, heads_kv, packed_keys, columns]: the packed keys of heads that several units share
 
   // Packed k and v of one head of a sequence, each [padded keys, columns]: k by panels for the lanes, v for the sum
   // over keys.
@@ -191,8 +191,8 @@ struct Forward {
 std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                              const std::optional<at::Tensor>& cu_seqlens_q,
                                              const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
-                                             std::optional<int64_t> window, std::optional<double> softcap,
-                                             double scale, const std::optional<at::Tensor>& sinks) {
+                                             std::optional<int64_t> window, std::optional<double> softcap, double scale,
+                                             const std::optional<at::Tensor>& sinks) {
   static const auto reference = reference_of<decltype(attention)>("fastpt::attention");
   if (!is_native(q)) return reference(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window, softcap, scale, sinks);
   const auto qi = attention_input(q), ki = attention_input(k), vi = attention_input(v);
