@@ -163,7 +163,7 @@ TABLE: dict[str, dict[int, Entries]] = {
     },
     # bfloat16 at a head size of 128 with window and softcap: the entries above spill.
     "attention_sinks": {  # rows: tokens of one head
-        80: [(64, {"rows": 64, "warps": 4}), (128, {"rows": 32, "warps": 4}), (1 << 62, {"rows": 16, "warps": 4})]
+        80: [(64, {"rows": 64, "warps": 4}), (128, {"rows": 32, "warps": 4}), (1 << 62, {"rows": 32, "warps": 4})]
     },
     "attention_forward_window_softcap": {
         80: [(128, {"rows": 128, "columns": 32, "warps": 8, "stages": 2})],

@@ -93,6 +93,7 @@ def grouped_real(make: Make) -> Iterator[Inputs]:
     yield _inputs(make, ", packed", 4096, 32, 8, 128, cu_seqlens_q=_pack(2048, 2048))  # Llama-3.1-8B
     yield _inputs(make, ", packed", 4096, 9, 3, 64, cu_seqlens_q=_pack(2048, 2048))  # SmolLM2-135M
     yield _with_sinks(make, _inputs(make, ", window 128", 4096, 64, 8, 64, window=128))  # GPT-OSS-20B
+    yield _with_sinks(make, _inputs(make, "", 4096, 32, 8, 128))
     pack = {"cu_seqlens_q": _pack(2048, 2048)}
     yield _inputs(
         make, ", packed, window 1024, softcap 50", 4096, 32, 16, 128, **pack, window=1024, softcap=50.0
@@ -107,6 +108,7 @@ def wide_numbers(make: Make) -> Iterator[Inputs]:
 def wide_real(make: Make) -> Iterator[Inputs]:
     yield _inputs(make, "", 4096, 8, 8, 256)
     yield _inputs(make, ", window 1024, softcap 50", 4096, 8, 4, 256, window=1024, softcap=50.0)  # Gemma 2
+    yield _with_sinks(make, _inputs(make, "", 4096, 8, 4, 256))
 
 
 def exact_real(make: Make) -> Iterator[Inputs]:
