@@ -17,6 +17,7 @@ from fastpt.data.render import ensure_chat_template, tokenizer_fingerprint
 from fastpt.data.sources import StreamedRows, load_rows
 from fastpt.data.tokenised import Tokenised, tokenise
 from fastpt.errors import ConfigError
+from fastpt.fusion.head import first_position
 from fastpt.memory import forget_peak, gib, peak_bytes, release_memory, resident_bytes
 from fastpt.memory_plan import DEFAULT_MAX_LENGTH, Plan, Planner
 from fastpt.objectives.base import Objective, Prepare, Scorer
@@ -40,6 +41,7 @@ def settle_max_length(config: Config, model: Any, say: Callable[[str], None]) ->
     """max_length as given, or the model's limit, at most 2048."""
     text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     limit = getattr(text_config, "max_position_embeddings", None)
+    limit = None if limit is None else limit - first_position(model)
     if config.max_length is None:
         chosen = min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
         say(f"max_length: {chosen} (the model's limit is {limit}; set max_length for more)")

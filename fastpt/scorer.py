@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpt.data.batches import Batch
-from fastpt.fusion.head import LanguageHead, hidden_states
+from fastpt.fusion.class_head import ClassHead
+from fastpt.fusion.head import LanguageHead, first_position, hidden_states
 from fastpt.generate import generate_tokens
 from fastpt.ops import TokenStats
 
@@ -30,13 +31,22 @@ class ModelScorer:
     def head(self) -> LanguageHead:
         return LanguageHead.of(self.model)
 
+    @cached_property
+    def class_head(self) -> ClassHead:
+        return ClassHead.of(self.model)
+
+    @cached_property
+    def first_position(self) -> int:
+        return first_position(self.model)
+
     def hidden(self, batch: Batch) -> Tensor:
         return hidden_states(
             self.model,
             batch.input_ids,
-            position_ids=batch.position_ids,
+            position_ids=batch.position_ids + self.first_position,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
+            token_type_ids=_token_types(batch),
         )
 
     def cross_entropy(self, hidden: Tensor, batch: Batch, **options: float) -> Tensor:
@@ -51,6 +61,12 @@ class ModelScorer:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return self.class_head.document_logits(hidden, batch.cu_seqlens)
+
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        return self.class_head.token_logits(hidden)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -69,3 +85,11 @@ class ModelScorer:
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         return generate_tokens(self.model, prompts, **options)
+
+
+def _token_types(batch: Batch) -> Tensor | None:
+    """Of documents that are two texts, [T]: 0 in the first, 1 in the second, which begins at fields["second_from"]."""
+    if "second_from" not in batch.fields:
+        return None
+    second = batch.fields["second_from"].repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.input_ids.shape[1])
+    return (batch.position_ids[0] >= second).long()

@@ -44,11 +44,12 @@ def hidden_states(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
 ) -> Tensor:
     """Hidden states of packed documents after the final norm, fused or not.
 
-    Shapes: input_ids and position_ids [T] or [B, S], positions restarting at 0 with each document; cu_seqlens int32
-    [N + 1] over the flattened tokens -> [T, D].
+    Shapes: input_ids, position_ids and token_type_ids [T] or [B, S], positions restarting with each document at
+    `first_position`; cu_seqlens int32 [N + 1] over the flattened tokens -> [T, D].
     Raises: ModelError for a model without a backbone, or one that cannot keep packed documents apart.
     """
     backbone = backbone_of(model)
@@ -64,11 +65,13 @@ def hidden_states(
         lengths |= {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
         config = backbone.config
         reads_lengths = config._attn_implementation == "fastpt" or "flash" in (config._attn_implementation or "")
-        is_encoder = not getattr(config, "is_decoder", True) and not _is_causal(backbone)
+        is_encoder = not getattr(config, "is_decoder", True) and not is_causal(backbone)
         if len(cu_seqlens) > 2 and not reads_lengths and is_encoder:
             raise ModelError(
                 f"{type(backbone).__name__} lets packed documents see each other unless it is fused: call fastpt.fuse(model)"
             )
+    if token_type_ids is not None:
+        lengths["token_type_ids"] = token_type_ids.view(-1, input_ids.shape[-1])
     outputs = backbone(
         input_ids=input_ids.view(-1, input_ids.shape[-1]), attention_mask=attention_mask, position_ids=position_ids,
         use_cache=False, **lengths,
@@ -76,8 +79,16 @@ def hidden_states(
     return outputs.last_hidden_state.flatten(0, -2)
 
 
-def _is_causal(backbone: nn.Module) -> bool:
-    return any(getattr(module, "is_causal", False) is True for module in backbone.modules())
+def is_causal(model: nn.Module) -> bool:
+    """Whether tokens of a model see only those before them."""
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
+def first_position(model: nn.Module) -> int:
+    """What a model calls the position of the first token: 0, but behind the padding's own in RoBERTa and its kin."""
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((getattr(table, "padding_idx", None) for table in tables), None)
+    return 0 if padding is None else padding + 1
 
 
 @dataclass(frozen=True)

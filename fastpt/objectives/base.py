@@ -39,6 +39,12 @@ class Scorer(Protocol):
     def frozen(self) -> AbstractContextManager[None]:
         """Within it there is no gradient and no dropout."""
 
+    def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """[D, C] float32, one row per document, by the model's own head over what it pools of it."""
+
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """[T, D] -> [T, C] float32, by the head of a model for token classification."""
+
     def reference(self) -> AbstractContextManager[None]:
         """Within it the model answers as it was before training: adapters off, no gradient, no dropout."""
 
