@@ -61,7 +61,7 @@ def apply_method(model: nn.Module, method: MethodConfig, task: str = "causal") -
     if is_quantised(model) and method.name == "dora":
         raise ConfigError('the model has 4-bit weights, whose norms DoRA would need; use "qlora"')
     if method.name in ADAPTERS:
-        return _with_adapter(model, method, TASK_TYPES[task])
+        return _with_adapter(model, method, task)
     if is_quantised(model):
         raise ConfigError(f'the model has 4-bit weights, which method {method.name!r} cannot train; use "qlora"')
     for parameter in model.parameters():
@@ -79,13 +79,13 @@ def apply_method(model: nn.Module, method: MethodConfig, task: str = "causal") -
     return model
 
 
-def _with_adapter(model: nn.Module, method: MethodConfig, task_type: str) -> nn.Module:
+def _with_adapter(model: nn.Module, method: MethodConfig, task: str) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     alpha = method.alpha if method.alpha is not None else 2 * method.rank
     initial: bool | str = True if method.init == "default" else method.init
     settings: dict[str, Any] = {
-        "task_type": task_type,
+        "task_type": TASK_TYPES[task],
         "r": method.rank,
         "lora_alpha": alpha,
         "lora_dropout": method.dropout,
@@ -96,13 +96,24 @@ def _with_adapter(model: nn.Module, method: MethodConfig, task_type: str) -> nn.
         "use_dora": method.name == "dora",
         "init_lora_weights": initial,
         "modules_to_save": method.modules_to_save,
-        **method.peft,
     }
+    if task in ("sequence", "token"):  # their heads are new: trained in full, and saved with the adapter
+        heads = head_modules(model)
+        settings["modules_to_save"] = [*heads, *(method.modules_to_save or [])]
+        settings["exclude_modules"] = rf"({'|'.join(heads)})(\..*)?"
+    settings |= method.peft
     try:
         with quiet_peft():
             return get_peft_model(model, LoraConfig(**settings))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the adapter cannot be made: {error}") from error
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """What a classifier has beside its backbone, by name."""
+    backbone = getattr(model, "base_model", model)
+    parts = model.named_children()
+    return [name for name, part in parts if part is not backbone and next(part.parameters(), None) is not None]
 
 
 @contextlib.contextmanager
@@ -196,7 +207,8 @@ def _logits(model: nn.Module, probe: torch.Tensor) -> torch.Tensor:
     was_training = model.training
     model.eval()
     try:
-        return model(input_ids=probe.to(next(model.parameters()).device)).logits[0].float().cpu()
+        logits = model(input_ids=probe.to(next(model.parameters()).device)).logits
+        return logits.flatten(0, -2).float().cpu()  # of a classifier [1, C]
     finally:
         model.train(was_training)
 

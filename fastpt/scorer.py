@@ -39,6 +39,10 @@ class ModelScorer:
     def first_position(self) -> int:
         return first_position(self.model)
 
+    @cached_property
+    def reads_token_types(self) -> bool:
+        return any(name.endswith("token_type_embeddings") for name, _ in self.model.named_modules())
+
     def hidden(self, batch: Batch) -> Tensor:
         return hidden_states(
             self.model,
@@ -46,7 +50,7 @@ class ModelScorer:
             position_ids=batch.position_ids + self.first_position,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
-            token_type_ids=_token_types(batch),
+            token_type_ids=_token_types(batch) if self.reads_token_types else None,
         )
 
     def cross_entropy(self, hidden: Tensor, batch: Batch, **options: float) -> Tensor:

@@ -255,12 +255,50 @@ def read_text(path: Path, name: str) -> Rows:
     return Records([{"text": text}] if text.strip() else [], name)
 
 
+class Conll(Rows):
+    """Sentences of a CoNLL file: a word a line, first its text, last its tag; blank lines between sentences."""
+
+    def __init__(self, path: Path, name: str):
+        super().__init__(name)
+        self._bytes = file_bytes(path, name)
+        self._sentences: list[Row] = []
+        self._lines = array("q")
+        is_inside = False
+        for number, line in enumerate(decoded(self._bytes, name).split("\n"), 1):
+            fields = line.split("\t" if "\t" in line else None)
+            if not line.strip() or fields[0] == "-DOCSTART-":
+                is_inside = False
+                continue
+            if len(fields) < 2:
+                raise DataError(f"{name}:{number} has {len(fields)} column, where a word and its tag are needed: mend it")
+            if not is_inside:
+                self._sentences.append({"tokens": [], "tags": []})
+                self._lines.append(number)
+            is_inside = True
+            self._sentences[-1]["tokens"].append(fields[0].strip())
+            self._sentences[-1]["tags"].append(fields[-1].strip())
+
+    def __len__(self) -> int:
+        return len(self._sentences)
+
+    def number(self, index: int) -> int:
+        return self._lines[index]
+
+    def __getitem__(self, index):
+        return self._sentences[index]
+
+    @property
+    def fingerprint(self) -> str:
+        return xxhash.xxh3_128_hexdigest(self._bytes)
+
+
 READERS: dict[str, Callable[[Path, str], Rows]] = {
     ".jsonl": JsonLines,
     ".json": read_json,
     ".csv": lambda path, name: Table(path, name, ","),
     ".tsv": lambda path, name: Table(path, name, "\t"),
     ".parquet": read_parquet,
+    ".conll": Conll,
     ".txt": read_text,
 }
 

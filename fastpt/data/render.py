@@ -11,6 +11,7 @@ import json
 import re
 import threading
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -206,6 +207,38 @@ def render_text(tokenizer: Any, text: str | Text, place: str, add_eos: bool = Tr
     return Example(ids, np.ones(len(ids), bool), None, place)
 
 
+def encode_text(tokenizer: Any, text: str, pair: str | None = None) -> tuple[np.ndarray, int]:
+    """Tokens [T] of a text, or of two that are judged together, with the tokenizer's special tokens around them.
+
+    The number is where the tokens of the second text begin, T where the model is told of one only. A tokenizer that puts
+    nothing between two texts gets a blank line there.
+    """
+    if pair is not None and tokenizer.num_special_tokens_to_add(True) == tokenizer.num_special_tokens_to_add(False):
+        text, pair = f"{text}\n\n{pair}", None
+    if tokenizer.is_fast:
+        encoding = backend_of(tokenizer).encode_batch([text if pair is None else (text, pair)])[0]
+        ids, types = encoding.ids, encoding.type_ids
+    else:
+        encoded = tokenizer(text, pair)
+        ids, types = encoded["input_ids"], encoded.get("token_type_ids", [])
+    is_told = pair is not None and "token_type_ids" in tokenizer.model_input_names and 1 in types
+    return np.array(ids, np.int32), types.index(1) if is_told else len(ids)
+
+
+def encode_words(tokenizer: Any, words: list[str], place: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [T] of words in a sentence, and of each word the first token of its own [W], -1 where it has none.
+
+    The words are read as a text with blanks between them, so every tokenizer sees what it was trained on.
+    """
+    ids, offsets = _encode(tokenizer, [" ".join(words)], add_special_tokens=True)[0]
+    starts = np.cumsum([0, *(len(word) + 1 for word in words)])
+    at = [np.flatnonzero((offsets[:, 0] < stop - 1) & (offsets[:, 1] > start)) for start, stop in pairwise(starts.tolist())]
+    firsts = np.array([one[0] if len(one) else -1 for one in at])
+    repeated = np.append(False, firsts[1:] == firsts[:-1]) & (firsts >= 0)
+    firsts[repeated] = [one[1] if len(one) > 1 else -1 for one, twice in zip(at, repeated, strict=True) if twice]
+    return ids, firsts
+
+
 _SETTING = threading.Lock()
 
 
@@ -216,14 +249,19 @@ def _encode(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> li
     """
     if not tokenizer.is_fast:
         return [_encode_slowly(tokenizer, text, add_special_tokens) for text in texts]
+    encodings = backend_of(tokenizer).encode_batch(texts, add_special_tokens=add_special_tokens)
+    return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
+
+
+def backend_of(tokenizer: Any) -> Any:
+    """The tokenizers object of a fast tokenizer, set to neither cut nor pad."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation is not None or backend.padding is not None:
         with _SETTING:  # some tokenizer.json files cut at 128 tokens; every call of the tokenizer itself resets it too
             if backend.truncation is not None or backend.padding is not None:
                 backend.no_truncation()
                 backend.no_padding()
-    encodings = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
-    return [(np.array(e.ids, np.int32), np.array(e.offsets, np.int64).reshape(-1, 2)) for e in encodings]
+    return backend
 
 
 def _encode_slowly(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[np.ndarray, np.ndarray]:

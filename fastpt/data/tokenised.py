@@ -212,6 +212,10 @@ class Tokenised:
         self._values[f"field.{name}"] = found[f"field.{name}"]
         self._offsets[f"field.{name}"] = found[f"field.{name}@offsets"]
 
+    def column(self, name: str) -> np.ndarray:
+        """All values of a column end to end: "targets", or "field.label"."""
+        return self._values[name]
+
     @property
     def mixture(self) -> Mixture | None:
         """The mixture of the rows, as ranges of examples, for `plan_epoch`."""

@@ -12,6 +12,8 @@ from fastpt.errors import ConfigError
 OBJECTIVES = {
     "sft": "fastpt.objectives.sft:SFT",
     "pretrain": "fastpt.objectives.pretrain:Pretrain",
+    "classify": "fastpt.objectives.classify:Classify",
+    "tag": "fastpt.objectives.tag:Tag",
     "dpo": "fastpt.objectives.dpo:DPO",
     "grpo": "fastpt.objectives.grpo:GRPO",
     "rloo": "fastpt.objectives.rloo:RLOO",
