@@ -239,7 +239,7 @@ def _from_pretrained(
             return quantised_in_place(model) if is_quantised else model
         config = transformers.AutoConfig.from_pretrained(str(place), trust_remote_code=trust_remote_code)
         for name, value in settings.items():
-            setattr(config, name, value)
+            setattr(config, name, {int(key): one for key, one in value.items()} if name == "id2label" else value)
         options: dict[str, Any] = {}
         if nf4_loading.is_bitsandbytes(config):
             nf4_loading.register()
@@ -248,6 +248,8 @@ def _from_pretrained(
             if found := getattr(config, "quantization_config", None):
                 raise ModelError(f"{place} is quantised already ({found}); qlora takes plain weights or NF4")
             options["quantization_config"] = nf4_loading.register()()
+        if task in ("sequence", "token"):
+            options["ignore_mismatched_sizes"] = True  # the head of other classes makes room for a new one
         return getattr(transformers, HEADS[task]).from_pretrained(
             str(place),
             config=config,

@@ -53,6 +53,19 @@ class Run:
         answers = generate_batch(self.model, self.tokenizer, [prompts] if single else list(prompts), **options)  # type: ignore[list-item]
         return answers[0] if single else answers
 
+    def predict(self, texts: Any) -> Any:
+        """What a trained classifier says: a Prediction for a text or a pair (tuple) of texts, a list of them for a list.
+
+        A tagger gives the tags of a sentence (a string), or a list of them for a list of sentences or of lists of words.
+        """
+        from fastpt.fusion import fuse
+        from fastpt.predict import predict
+
+        self.handle = self.handle or fuse(self.model)
+        single = isinstance(texts, (str, tuple))
+        found = predict(self.model, self.tokenizer, [texts] if single else texts)
+        return found[0] if single else found
+
     def merge(self, folder: str | Path) -> MergeReport:
         """Write the model with its adapter merged to a plain Hugging Face folder; print and return how well they agree."""
         from fastpt.fusion import fuse

@@ -225,7 +225,7 @@ def encode_text(tokenizer: Any, text: str, pair: str | None = None) -> tuple[np.
     return np.array(ids, np.int32), types.index(1) if is_told else len(ids)
 
 
-def encode_words(tokenizer: Any, words: list[str], place: str) -> tuple[np.ndarray, np.ndarray]:
+def encode_words(tokenizer: Any, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [T] of words in a sentence, and of each word the first token of its own [W], -1 where it has none.
 
     The words are read as a text with blanks between them, so every tokenizer sees what it was trained on.

@@ -41,7 +41,7 @@ class Tag(Labelled):
     def bind(self, tokenizer: Any, rows: Any, columns: dict[str, str] | None) -> Prepare:
         def prepare(row: dict[str, Any], place: str) -> list[Example]:
             tagged = read_tagged(row, place, columns)
-            ids, firsts = encode_words(tokenizer, tagged.words, place)
+            ids, firsts = encode_words(tokenizer, tagged.words)
             tags = np.array([self._classes.index(tag, place) for tag in tagged.tags], np.int64)
             is_met = firsts >= 0  # the normaliser may leave nothing of a word
             if not is_met.any():
