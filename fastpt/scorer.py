@@ -95,5 +95,7 @@ def _token_types(batch: Batch) -> Tensor | None:
     """Of documents that are two texts, [T]: 0 in the first, 1 in the second, which begins at fields["second_from"]."""
     if "second_from" not in batch.fields:
         return None
-    second = batch.fields["second_from"].repeat_interleave(batch.cu_seqlens.diff(), output_size=batch.input_ids.shape[1])
+    second = batch.fields["second_from"].repeat_interleave(
+        batch.cu_seqlens.diff(), output_size=batch.input_ids.shape[1]
+    )
     return (batch.position_ids[0] >= second).long()

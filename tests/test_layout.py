@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"cli", "__main__", "chat", "doctor"},
     {"trainer"},
-    {"run", "preparation", "memory_plan", "scorer", "evaluation", "forensics"},
+    {"run", "preparation", "memory_plan", "predict", "scorer", "evaluation", "forensics"},
     {"objectives"},
     {"data", "fusion", "checkpoint", "adapters", "optim", "models", "nf4_loading", "generate", "skeleton"},
     {"activations", "memory", "tracing", "report", "console", "trackers", "records", "interrupt", "config", "nf4"},

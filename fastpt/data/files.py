@@ -270,7 +270,9 @@ class Conll(Rows):
                 is_inside = False
                 continue
             if len(fields) < 2:
-                raise DataError(f"{name}:{number} has {len(fields)} column, where a word and its tag are needed: mend it")
+                raise DataError(
+                    f"{name}:{number} has {len(fields)} column, where a word and its tag are needed: mend it"
+                )
             if not is_inside:
                 self._sentences.append({"tokens": [], "tags": []})
                 self._lines.append(number)

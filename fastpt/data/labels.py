@@ -57,7 +57,9 @@ def read_label(row: Row, place: str, columns: Columns) -> Any:
 def read_tags(row: Row, place: str, columns: Columns) -> list[Any]:
     tags = _parsed(_cell(row, ("tags", "labels"), place, columns))
     if not isinstance(tags, list):
-        raise DataError(f"{place} has {type(tags).__name__} {tags!r:.40} as its tags, where a list is needed: mend the row")
+        raise DataError(
+            f"{place} has {type(tags).__name__} {tags!r:.40} as its tags, where a list is needed: mend the row"
+        )
     return tags
 
 
@@ -65,9 +67,13 @@ def read_tagged(row: Row, place: str, columns: Columns) -> TaggedWords:
     """Raises: DataError for columns that are missing, no lists of words and tags, or of different lengths."""
     words, tags = _parsed(_cell(row, ("tokens",), place, columns)), read_tags(row, place, columns)
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise DataError(f"{place} has {type(words).__name__} {words!r:.40} as its tokens, where a list of words is needed")
+        raise DataError(
+            f"{place} has {type(words).__name__} {words!r:.40} as its tokens, where a list of words is needed"
+        )
     if len(words) != len(tags):
-        raise DataError(f"{place} has {len(words)} tokens but {len(tags)} tags: give each word one tag, or delete the row")
+        raise DataError(
+            f"{place} has {len(words)} tokens but {len(tags)} tags: give each word one tag, or delete the row"
+        )
     if not words:
         raise DataError(f"{place} has no tokens: give it words or delete the row")
     if empty := next((number for number, word in enumerate(words, 1) if not word.strip()), None):
@@ -190,7 +196,9 @@ def survey_labels(
         raise _mixed("one label", kinds["single"], "a list of them", kinds["list"])
     found = MULTI if "list" in kinds else SINGLE
     if problem_type not in (None, found):
-        raise ConfigError(f"objective.problem_type is {problem_type!r}, but the rows have lists of labels; leave it out")
+        raise ConfigError(
+            f"objective.problem_type is {problem_type!r}, but the rows have lists of labels; leave it out"
+        )
     return _classes(found, counts, kinds, total, names)
 
 
@@ -219,7 +227,9 @@ def _classes(problem_type: str, counts: Counter[Any], kinds: dict[str, str], row
     if names is None and _are_integers(given):
         given.sort(key=int)
     if len(given) < 2 and problem_type == SINGLE:
-        raise DataError(f"the rows have one class only ({_listed(given)}): there is nothing to tell apart, add rows of another")
+        raise DataError(
+            f"the rows have one class only ({_listed(given)}): there is nothing to tell apart, add rows of another"
+        )
     if not given:
         raise DataError("no row has any label: fill them in")
     blank = Classes(problem_type, tuple(given), (0,) * len(given), rows)
@@ -240,7 +250,9 @@ def _kind_of(label: Any, place: str) -> str:
     for kind in (bool, str, int, float):
         if isinstance(label, kind):
             return {"str": "text"}.get(kind.__name__, kind.__name__)
-    raise DataError(f"{place} has {type(label).__name__} {label!r:.40} as a label: give text, a number or a list of them")
+    raise DataError(
+        f"{place} has {type(label).__name__} {label!r:.40} as a label: give text, a number or a list of them"
+    )
 
 
 def _mixed(one: str, first: str, other: str, second: str) -> DataError:

@@ -232,7 +232,10 @@ def encode_words(tokenizer: Any, words: list[str]) -> tuple[np.ndarray, np.ndarr
     """
     ids, offsets = _encode(tokenizer, [" ".join(words)], add_special_tokens=True)[0]
     starts = np.cumsum([0, *(len(word) + 1 for word in words)])
-    at = [np.flatnonzero((offsets[:, 0] < stop - 1) & (offsets[:, 1] > start)) for start, stop in pairwise(starts.tolist())]
+    at = [
+        np.flatnonzero((offsets[:, 0] < stop - 1) & (offsets[:, 1] > start))
+        for start, stop in pairwise(starts.tolist())
+    ]
     firsts = np.array([one[0] if len(one) else -1 for one in at])
     repeated = np.append(False, firsts[1:] == firsts[:-1]) & (firsts >= 0)
     firsts[repeated] = [one[1] if len(one) > 1 else -1 for one, twice in zip(at, repeated, strict=True) if twice]

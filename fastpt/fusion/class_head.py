@@ -103,7 +103,9 @@ class ClassHead:
             hidden = hidden_states(model, ids, position_ids=positions, cu_seqlens=None, max_seqlen=None)
             bounds = torch.tensor([0, PROBE_TOKENS], dtype=torch.int32, device=device)
             ours = self.token_logits(hidden) if self.is_of_tokens else self.document_logits(hidden, bounds)[0]
-        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item()):
+        if ours.shape != theirs.shape or not torch.allclose(
+            ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item()
+        ):
             raise ModelError(
                 f"the head of {type(inner).__name__} reads something else than one token of each document or their mean; "
                 "give a model such as BERT, RoBERTa, DistilBERT or Llama"

@@ -25,7 +25,9 @@ class Labelled(Objective):
 
     needs_chat_template: ClassVar[bool] = False
 
-    labels: list[str] | None = Field(None, min_length=1, description="classes in order (default: those of the data, sorted)")
+    labels: list[str] | None = Field(
+        None, min_length=1, description="classes in order (default: those of the data, sorted)"
+    )
     class_weights: Literal["balanced"] | dict[str, float] | None = Field(
         None, description='what a class counts for: "balanced", or numbers by class (1 where none is given)'
     )
@@ -51,7 +53,9 @@ class Labelled(Objective):
     def _weights_of(self, found: Classes) -> list[float] | None:
         """The weight of each class; of rows with several labels, that of its positives."""
         if found.problem_type == REGRESSION and (self.class_weights or self.label_smoothing):
-            raise ConfigError("class_weights and label_smoothing are for classes, but the labels are numbers; leave them out")
+            raise ConfigError(
+                "class_weights and label_smoothing are for classes, but the labels are numbers; leave them out"
+            )
         if self.class_weights is None:
             return None
         if isinstance(self.class_weights, dict):
@@ -77,7 +81,9 @@ class Labelled(Objective):
         found = self._classes
         outputs = 1 if found.problem_type == REGRESSION else len(found.names)
         if head.is_of_tokens != (self.task == "token"):
-            raise ModelError(f"{type(inner).__name__} is not for objective {self.name!r}; give the path of the model instead")
+            raise ModelError(
+                f"{type(inner).__name__} is not for objective {self.name!r}; give the path of the model instead"
+            )
         if inner.config.num_labels != outputs:
             raise ModelError(
                 f"the head of {type(inner).__name__} has {inner.config.num_labels} outputs, the data need {outputs}; give the "

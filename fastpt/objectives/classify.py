@@ -63,16 +63,16 @@ class Classify(Labelled):
         return hot
 
     def loss(self, model: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = model.class_logits(model.hidden(batch), batch)
-        loss, labels = self._loss(logits, batch), batch.fields["label"]
+        logits, labels = model.class_logits(model.hidden(batch), batch), batch.fields["label"]
+        loss = self._loss(logits, labels)
         if self._classes.problem_type != SINGLE:
             return loss, {}
         right = (logits.argmax(-1) == labels).sum().float()
         return loss, {"accuracy": torch.stack([right, torch.full_like(right, len(labels))])}
 
-    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The sum over the rows of what transformers takes the mean of; logits [N, C] float32."""
-        labels, weights, smoothing = batch.fields["label"], self.weights_on(logits.device), self.label_smoothing
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum over the rows of what transformers takes the mean of; logits [N, C] float32, labels [N] or [N * C]."""
+        weights, smoothing = self.weights_on(logits.device), self.label_smoothing
         if self._classes.problem_type == REGRESSION:
             return F.mse_loss(logits[:, 0], labels, reduction="sum")
         if self._classes.problem_type == SINGLE:
@@ -82,8 +82,11 @@ class Classify(Labelled):
         return losses / logits.shape[1]
 
     def evaluate(self, model: Scorer, batch: Batch) -> dict[str, Any]:
-        logits = model.class_logits(model.hidden(batch), batch)
-        labels, loss = batch.fields["label"], self._loss(logits, batch)
+        return self.measure(model.class_logits(model.hidden(batch), batch), batch.fields["label"])
+
+    def measure(self, logits: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Sums over rows, of a regression also the numbers themselves; logits [N, C], labels [N] or [N * C]."""
+        loss = self._loss(logits, labels)
         if self._classes.problem_type == REGRESSION:
             return {"loss": loss, "predicted": logits[:, 0].tolist(), "actual": labels.tolist()}
         if self._classes.problem_type == SINGLE:
@@ -102,5 +105,3 @@ class Classify(Labelled):
         precision, recall, micro = precision_recall_f1(counts)
         scores = {"precision": precision, "recall": recall, "micro_f1": micro, "macro_f1": macro_f1(counts)}
         return found | scores | {"exact_match": sums["exact"].item() / count}
-
-

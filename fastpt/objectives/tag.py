@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -71,16 +72,18 @@ class Tag(Labelled):
         return F.cross_entropy(logits, labels, weight=weights, label_smoothing=self.label_smoothing, reduction="sum")
 
     def evaluate(self, model: Scorer, batch: Batch) -> dict[str, Any]:
-        logits, labels = self._scored(model, batch)
+        return self.measure(*self._scored(model, batch), batch.kept_lengths.tolist())
+
+    def measure(self, logits: Tensor, labels: Tensor, lengths: list[int]) -> dict[str, Any]:
+        """Sums over the words of sentences of some lengths; logits [K, C], labels [K]."""
         names, best = self._classes.names, logits.argmax(-1)
         found: dict[str, Any] = {"loss": self._loss(logits, labels), "counts": class_counts(best, labels, len(names))}
         if types := entity_types(names):
-            lengths = batch.kept_lengths.tolist()
-            sentences = (
-                ([names[i] for i in ours.tolist()], [names[i] for i in theirs.tolist()])
-                for ours, theirs in zip(best.cpu().split(lengths), labels.cpu().split(lengths), strict=True)
+            tags = ([names[number] for number in side.tolist()] for side in (best, labels))
+            found["entities"] = sum(
+                entity_counts(ours, theirs, types)
+                for ours, theirs in zip(*(_split(side, lengths) for side in tags), strict=True)
             )
-            found["entities"] = sum(entity_counts(ours, theirs, types) for ours, theirs in sentences)
         return found
 
     def summarise(self, sums: dict[str, Any], count: float) -> dict[str, float]:
@@ -93,3 +96,8 @@ class Tag(Labelled):
         types = entity_types(self._classes.names)
         each = zip(types, f1_scores(sums["entities"]).tolist(), strict=True)
         return found | {"precision": precision, "recall": recall, "f1": f1} | {f"f1_{name}": one for name, one in each}
+
+
+def _split(values: list[str], lengths: list[int]) -> Iterator[list[str]]:
+    rest = iter(values)
+    return (list(islice(rest, length)) for length in lengths)

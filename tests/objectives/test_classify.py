@@ -46,10 +46,16 @@ def model_for(family, kind, **changes):
 def padded(examples, problem_type, pad):
     """What transformers' own collator would give, padded by a token that the rows do not have."""
     length = max(len(e.input_ids) for e in examples)
-    ids = torch.stack([F.pad(torch.tensor(e.input_ids).long(), (0, length - len(e.input_ids)), value=pad) for e in examples])
+    ids = torch.stack(
+        [F.pad(torch.tensor(e.input_ids).long(), (0, length - len(e.input_ids)), value=pad) for e in examples]
+    )
     mask = torch.stack([(torch.arange(length) < len(e.input_ids)).long() for e in examples])
     labels = torch.stack([torch.tensor(e.fields["label"]) for e in examples])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels if problem_type.startswith("multi") else labels[:, 0]}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels if problem_type.startswith("multi") else labels[:, 0],
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +118,9 @@ def test_the_second_of_two_texts_has_types_of_its_own():
         special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)],
     )  # fmt: skip
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's
-    rows = Records([{"text": "red", "text_pair": "sun", "label": "a"}, {"text": "tea", "text_pair": "milk", "label": "b"}])
+    rows = Records(
+        [{"text": "red", "text_pair": "sun", "label": "a"}, {"text": "tea", "text_pair": "milk", "label": "b"}]
+    )
     model = tiny_model("bert", num_labels=2)
     objective = make_objective("classify")
     objective.survey(rows, None, None)
@@ -131,7 +139,9 @@ def test_the_second_of_two_texts_has_types_of_its_own():
 
 
 def test_two_texts_without_a_token_between_them_get_a_blank_line():
-    rows = Records([{"text": "red", "text_pair": "sun", "label": "a"}, {"text": "tea", "text_pair": "milk", "label": "b"}])
+    rows = Records(
+        [{"text": "red", "text_pair": "sun", "label": "a"}, {"text": "tea", "text_pair": "milk", "label": "b"}]
+    )
     objective = make_objective("classify")
     objective.survey(rows, None, None)
     (example,) = objective.bind(tiny_tokenizer(), rows, None)(rows[0], "row")
@@ -161,7 +171,9 @@ def test_a_run_learns_and_its_model_is_read_back(tmp_path, family, method):
     folder = tmp_path / "base"
     model_for(family, "single").save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    rows = [{"text": f"{word} {n}", "label": label} for n in range(4) for word, label in (("sun", "day"), ("moon", "night"))]
+    rows = [
+        {"text": f"{word} {n}", "label": label} for n in range(4) for word, label in (("sun", "day"), ("moon", "night"))
+    ]
     run = fastpt.train(
         str(folder), rows, "classify", method, eval_data=rows, output=tmp_path / "run", max_steps=30, batch_rows=8,
         device="cpu", precision="fp32", quiet=True, **{"optim.lr": 3e-3, "optim.warmup": 0},
@@ -181,8 +193,14 @@ BAD = {
     "no label": ([{"text": "a"}], "train.jsonl:1 has no column 'label' (it has text)"),
     "none": ([{"text": "a", "label": None}], "train.jsonl:1 has nothing as its label"),
     "one class": ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], "one class only ('x')"),
-    "two kinds": ([{"text": "a", "label": "x"}, {"text": "b", "label": 1}], "train.jsonl:1 has text as label, but train.jsonl:2 has int"),
-    "lists and not": ([{"text": "a", "label": ["x"]}, {"text": "b", "label": "y"}], "train.jsonl:2 has one label, but train.jsonl:1 has a list"),
+    "two kinds": (
+        [{"text": "a", "label": "x"}, {"text": "b", "label": 1}],
+        "train.jsonl:1 has text as label, but train.jsonl:2 has int",
+    ),
+    "lists and not": (
+        [{"text": "a", "label": ["x"]}, {"text": "b", "label": "y"}],
+        "train.jsonl:2 has one label, but train.jsonl:1 has a list",
+    ),
     "empty": ([{"text": " ", "label": "x"}, {"text": "b", "label": "y"}], "train.jsonl:1 has an empty 'text'"),
     "no text": ([{"label": "x"}, {"text": "b", "label": "y"}], "train.jsonl:1 has no column 'text'"),
 }
@@ -200,12 +218,14 @@ def test_bad_rows_are_named(name):
 def test_a_label_that_training_has_not_is_named():
     objective, _, _ = bound(SINGLE)
     held_out = Records([{"text": "x", "label": "zebra"}], "eval.jsonl")
-    with pytest.raises(DataError, match=r"eval.jsonl:1 has the label 'zebra', which the training rows do not have.*objective.labels"):
+    with pytest.raises(
+        DataError, match=r"eval.jsonl:1 has the label 'zebra', which the training rows do not have.*objective.labels"
+    ):
         objective.bind(tiny_tokenizer(), held_out, None)(held_out[0], held_out.place(0))
 
 
 def test_labels_given_are_the_order_and_integers_may_number_them():
-    objective, examples, asked = bound([{"text": "a", "label": 1}, {"text": "b", "label": 0}], labels=["neg", "pos"])
+    _, examples, asked = bound([{"text": "a", "label": 1}, {"text": "b", "label": 0}], labels=["neg", "pos"])
     assert asked["id2label"] == {0: "neg", 1: "pos"}
     assert [e.fields["label"][0] for e in examples] == [1, 0]
     _, examples, asked = bound([{"text": "a", "label": str(n)} for n in (10, 9, 2)])

@@ -111,7 +111,7 @@ def test_spans_are_read_as_conlleval_reads_them():
     assert read("O O") == []
     assert entity_types(["O", "B-x", "I-x", "B-y"]) == ["x", "y"]
     assert entity_types(["NOUN", "VERB"]) == entity_types(["O", "OTHER"]) == []
-    counts = entity_counts("B-a I-a O B-b".split(), "B-a O O B-b".split(), ["a", "b"])
+    counts = entity_counts(["B-a", "I-a", "O", "B-b"], ["B-a", "O", "O", "B-b"], ["a", "b"])
     assert counts.tolist() == [[0, 1], [1, 1], [1, 1]]
 
 
