@@ -49,11 +49,12 @@ def by_fastpt(work: str, model: str, rows: list[Row], held_out: list[Row], seed:
     import fastpt
 
     chosen = SETTINGS[work]
+    data, eval_data = ({"path": part, "too_long": "truncate"} for part in (rows, held_out))
     run = fastpt.train(
-        model, rows, chosen["objective"], "full", eval_data={"path": held_out, "too_long": "truncate"}, output=output,
+        model, data, chosen["objective"], "full", eval_data=eval_data, output=output,
         seed=seed, epochs=chosen["epochs"], batch_rows=chosen["batch_rows"], max_length=chosen["max_length"],
         eval_steps=10**9, save_steps=10**9, quiet=True,
-        **{"optim.lr": chosen["lr"], "optim.schedule": "linear", "optim.warmup": WARMUP, "data.too_long": "truncate"},
+        **{"optim.lr": chosen["lr"], "optim.schedule": "linear", "optim.warmup": WARMUP},
     )  # fmt: skip
     found = {name.removeprefix("eval_"): value for name, value in run.metrics.items() if name.startswith("eval_")}
     return {"train_s": run.metrics["seconds"], "steps": run.metrics["steps"], **found}
