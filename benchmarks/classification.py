@@ -126,11 +126,16 @@ def main() -> None:
     parser.add_argument("--side", choices=list(SIDES), required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fold", type=int, default=0, help="pubmedqa: which fifth is held out")
+    parser.add_argument("--epochs", type=float, help="another number than the work's own, for timing")
     parser.add_argument("--json", type=Path, help="append the result to this file")
     options = parser.parse_args()
+    if options.epochs:
+        SETTINGS[options.work]["epochs"] = options.epochs
     rows, held_out = rows_of(options.work, options.fold)
     with tempfile.TemporaryDirectory() as folder:
+        started = time.process_time()
         found = SIDES[options.side](options.work, options.model, rows, held_out, options.seed, folder)
+    found["cpu_s"] = time.process_time() - started  # of all threads, the evaluation among them
     told = {"work": options.work, "side": options.side, "seed": options.seed, "fold": options.fold, **found}
     told |= {"rows": len(rows), "settings": SETTINGS[options.work], "model": options.model, "machine": machine()}
     print(json.dumps(told))
