@@ -3,7 +3,8 @@
     python -m benchmarks.classification --work clinc150 --model .cache/minilm --side fastpt --json results.jsonl
 
 Both sides see the same rows, batches of rows, learning rate (linear to 0 after a warm-up) and epochs, start from the same
-weights and train everything; Trainer in float32, its default. Data from $FASTPT_DATA, or shared/data beside the repository.
+weights and train everything. fastpt computes in what it finds fastest (bfloat16 where the processor has units for it), Trainer in
+float32, its default, or under bf16 autocast. Data from $FASTPT_DATA, or shared/data beside the repository.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import random
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +59,13 @@ def by_fastpt(work: str, model: str, rows: list[Row], held_out: list[Row], seed:
         **{"optim.lr": chosen["lr"], "optim.schedule": "linear", "optim.warmup": WARMUP},
     )  # fmt: skip
     found = {name.removeprefix("eval_"): value for name, value in run.metrics.items() if name.startswith("eval_")}
-    return {"train_s": run.metrics["seconds"], "steps": run.metrics["steps"], **found}
+    made = json.loads((run.path / "run.json").read_text())["model"]
+    return {"train_s": run.metrics["seconds"], "steps": run.metrics["steps"], "precision": made["precision"], **found}
 
 
-def by_trainer(work: str, model: str, rows: list[Row], held_out: list[Row], seed: int, output: str) -> dict[str, Any]:
+def by_trainer(
+    work: str, model: str, rows: list[Row], held_out: list[Row], seed: int, output: str, is_bf16: bool = False
+) -> dict[str, Any]:
     """transformers' Trainer with its collators; its predictions are measured by the code that measures fastpt's."""
     import torch
     import transformers as tf
@@ -85,6 +90,7 @@ def by_trainer(work: str, model: str, rows: list[Row], held_out: list[Row], seed
         output_dir=output, use_cpu=not torch.cuda.is_available(), seed=seed, num_train_epochs=chosen["epochs"],
         per_device_train_batch_size=chosen["batch_rows"], learning_rate=chosen["lr"], lr_scheduler_type="linear",
         warmup_steps=WARMUP, save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6,
+        bf16=is_bf16,
     )  # fmt: skip
     trainer: Any = tf.Trainer(net, arguments, train_dataset=sets[0], data_collator=collator)
     started = time.perf_counter()
@@ -116,7 +122,7 @@ def _measured(objective: Any, logits: Any, labels: Any) -> dict[str, float]:
     return objective.summarise(objective.measure(logits[kept].float(), labels[kept], *lengths), int(kept.sum()))
 
 
-SIDES = {"fastpt": by_fastpt, "trainer": by_trainer}
+SIDES = {"fastpt": by_fastpt, "trainer": by_trainer, "trainer-bf16": partial(by_trainer, is_bf16=True)}
 
 
 def main() -> None:

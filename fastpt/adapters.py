@@ -100,7 +100,6 @@ def _with_adapter(model: nn.Module, method: MethodConfig, task: str) -> nn.Modul
     if task in ("sequence", "token"):  # their heads are new: trained in full, and saved with the adapter
         heads = head_modules(model)
         settings["modules_to_save"] = [*heads, *(method.modules_to_save or [])]
-        settings["exclude_modules"] = rf"({'|'.join(heads)})(\..*)?"
     settings |= method.peft
     try:
         with quiet_peft():

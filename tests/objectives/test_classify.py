@@ -5,6 +5,8 @@ import torch
 from torch.nn import functional as F
 
 import fastpt
+from fastpt.adapters import apply_method
+from fastpt.config import MethodConfig
 from fastpt.data.batches import collate
 from fastpt.data.files import Records
 from fastpt.errors import ConfigError, DataError, ModelError
@@ -187,6 +189,17 @@ def test_a_run_learns_and_its_model_is_read_back(tmp_path, family, method):
     assert again.probabilities["night"] == pytest.approx(made[0].probabilities["night"], rel=1e-5)
     report = run.merge(tmp_path / "merged")
     assert report.top1 == 1.0
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "llama"])
+def test_under_an_adapter_all_of_the_head_is_trained_in_full(family):
+    plain = model_for(family, "single")
+    head = [name for name, _ in plain.named_parameters() if not name.startswith(f"{plain.base_model_prefix}.")]
+    model = apply_method(plain, MethodConfig(name="lora", rank=2), "sequence")
+    trained = [name.split("base_model.model.")[1] for name, p in model.named_parameters() if p.requires_grad]
+    whole = [name.replace("modules_to_save.default.", "") for name in trained if "lora_" not in name]
+    assert sorted(whole) == sorted(head)
+    assert len(trained) > len(whole)
 
 
 BAD = {

@@ -85,10 +85,21 @@ def test_class_weights_are_torchs_weighted_mean():
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels, weight=torch.tensor([1.0, 1.0, 1.0, 0.25])))
 
 
+def tokenizer_with_special_tokens():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    return tokenizer
+
+
 def test_the_first_token_of_a_word_carries_its_tag():
     words = ["né", "a", "日本", "x,y"]
-    ids, firsts = encode_words(tiny_tokenizer(), words)
-    ends = [*firsts[1:].tolist(), len(ids)]
+    ids, firsts = encode_words(tokenizer_with_special_tokens(), words)
+    assert ids[[0, -1]].tolist() == [1, 2]
+    ends = [*firsts[1:].tolist(), len(ids) - 1]
     read = [tiny_tokenizer().decode(ids[start:stop]) for start, stop in zip(firsts.tolist(), ends, strict=True)]
     assert "".join(read) == "né a 日本 x,y"
     assert [text.strip() for text in read] == words
@@ -97,7 +108,7 @@ def test_the_first_token_of_a_word_carries_its_tag():
 def test_words_that_the_tokenizer_drops_have_no_tag():
     from tokenizers import normalizers
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer_with_special_tokens()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("#", "")
     _, firsts = encode_words(tokenizer, ["a", "#", "b"])
     assert [first >= 0 for first in firsts] == [True, False, True]
