@@ -50,7 +50,7 @@ def hidden_states(
 
     Shapes: input_ids, position_ids and token_type_ids [T] or [B, S], positions restarting with each document at
     `first_position`; cu_seqlens int32 [N + 1] over the flattened tokens -> [T, D].
-    Raises: ModelError for a model without a backbone, or one that cannot keep packed documents apart.
+    Raises: ModelError for a model without a backbone, and for a prompt-learning adapter.
     """
     backbone = backbone_of(model)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
@@ -59,24 +59,34 @@ def hidden_states(
         )
     if position_ids is not None:
         position_ids = position_ids.view(-1, input_ids.shape[-1])
+    columns = {"input_ids": input_ids.view(-1, input_ids.shape[-1]), "position_ids": position_ids}
+    if token_type_ids is not None:
+        columns["token_type_ids"] = token_type_ids.view(-1, input_ids.shape[-1])
     lengths = {}
     if cu_seqlens is not None:
+        if len(cu_seqlens) > 2 and not _keeps_apart(backbone):
+            return _padded(backbone, columns, cu_seqlens, int(max_seqlen or 0))
         lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
         lengths |= {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
-        config = backbone.config
-        reads_lengths = config._attn_implementation == "fastpt" or "flash" in (config._attn_implementation or "")
-        is_encoder = not getattr(config, "is_decoder", True) and not is_causal(backbone)
-        if len(cu_seqlens) > 2 and not reads_lengths and is_encoder:
-            raise ModelError(
-                f"{type(backbone).__name__} lets packed documents see each other unless it is fused: call fastpt.fuse(model)"
-            )
-    if token_type_ids is not None:
-        lengths["token_type_ids"] = token_type_ids.view(-1, input_ids.shape[-1])
-    outputs = backbone(
-        input_ids=input_ids.view(-1, input_ids.shape[-1]), attention_mask=attention_mask, position_ids=position_ids,
-        use_cache=False, **lengths,
-    )  # fmt: skip
+    outputs = backbone(**columns, attention_mask=attention_mask, use_cache=False, **lengths)
     return outputs.last_hidden_state.flatten(0, -2)
+
+
+def _keeps_apart(backbone: Any) -> bool:
+    """Whether packed documents do not see each other: attention reads their lengths, or their positions where it is causal."""
+    attention = getattr(backbone.config, "_attn_implementation", None) or ""
+    return attention == "fastpt" or "flash" in attention or is_causal(backbone)
+
+
+def _padded(backbone: Any, columns: dict[str, Tensor | None], cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Hidden states [T, D] of packed documents by a backbone that takes them only as padded rows, as unfused encoders do."""
+    is_real = torch.arange(max_seqlen, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]  # [N, max_seqlen]
+    rows = {
+        name: values.new_zeros(is_real.shape).masked_scatter(is_real, values.flatten())
+        for name, values in columns.items()
+        if values is not None
+    }
+    return backbone(**rows, attention_mask=is_real.long(), use_cache=False).last_hidden_state[is_real]
 
 
 def is_causal(model: nn.Module) -> bool:

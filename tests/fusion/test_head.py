@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import fastpt
 from fastpt.errors import ModelError
-from fastpt.fusion.head import LanguageHead, hidden_states
+from fastpt.fusion.head import LanguageHead, first_position, hidden_states
 from tests.tiny import DECODERS, tiny_model
 
 HEADS = {
@@ -91,15 +91,26 @@ def test_hidden_states_of_packed_documents(family, is_fused):
         handle.remove()
 
 
-def test_an_encoder_needs_fusing_to_keep_packed_documents_apart():
-    model, lengths = tiny_model("bert"), [5, 6]
-    ids, positions = torch.randint(3, 250, (11,)), torch.cat([torch.arange(n) for n in lengths])
-    packed = {"position_ids": positions, "cu_seqlens": torch.tensor([0, 5, 11], dtype=torch.int32), "max_seqlen": 6}
-    with pytest.raises(ModelError, match=r"fastpt\.fuse"):
-        hidden_states(model, ids, **packed)
-    alone = torch.cat([model.bert(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)])
-    with fastpt.fuse(model):
-        torch.testing.assert_close(hidden_states(model, ids, **packed), alone, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("kind", ["Bert", "DebertaV2", "MPNet"])
+def test_an_encoder_keeps_packed_documents_apart(kind, is_fused):
+    """Those whose attention reads no lengths, unfused or not served at all, get padded rows."""
+    import transformers
+
+    sizes = {"vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, f"{kind}ForTokenClassification")(config).eval()
+    lengths, first = [5, 1, 6], first_position(model)
+    ids, positions = torch.randint(3, 250, (12,)), torch.cat([torch.arange(n) for n in lengths]) + first
+    assert first == (2 if kind == "MPNet" else 0)
+    packed = {"position_ids": positions, "cu_seqlens": torch.tensor([0, 5, 6, 12], dtype=torch.int32), "max_seqlen": 6}
+    alone = torch.cat([model.base_model(input_ids=part[None]).last_hidden_state[0] for part in ids.split(lengths)])
+    handle = fastpt.fuse(model) if is_fused else None
+    torch.testing.assert_close(hidden_states(model, ids, **packed), alone, rtol=1e-5, atol=1e-5)
+    if handle is not None:
+        handle.remove()
 
 
 def test_models_without_a_head_are_named():
