@@ -2,7 +2,7 @@
 
 A configuration is a method, the length of its rows (one row is a step) and what becomes of activations. The prediction is the
 plan that the run itself makes from the config; measured is the peak of resident memory over its steps, without what the process
-took before the model. Resident memory must be quiet for that, so nothing is timed but the steps' tokens per second.
+took before the model. Of the steps, the last one's tokens per second are told too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks import harness, toy
 from benchmarks.train_step import versions
 
-METHODS, LENGTHS, POLICIES = ("lora", "full"), (512, 2048), ("keep", "recompute", "offload")
+METHODS, LENGTHS, POLICIES = ("lora", "qlora", "full"), (512, 2048), ("keep", "recompute", "offload")
 STEPS = 3  # the second finds the optimizer's state, the third what ops keep
 BOUND = 0.05
 

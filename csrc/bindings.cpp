@@ -5,6 +5,7 @@
 #include "cpu/gemm.h"
 #include "cpu/gemm_ceiling.h"
 #include "cpu/isa.h"
+#include "cpu/region.h"
 
 PYBIND11_MODULE(_C, m) {
   m.def(
@@ -21,4 +22,6 @@ PYBIND11_MODULE(_C, m) {
       "torch minor version of the build, and what the CPU kernels run on in this process");
   m.def("gemm_ceiling", &fastpt::gemm_ceiling, pybind11::arg("is_bf16"), pybind11::arg("seconds"),
         "GFLOP/s of one GEMM tile over and over on all threads: what benchmarks hold the kernels against");
+  m.def("release_region", &fastpt::release_region,
+        "give the free memory between large tensors on the CPU back to the system; its bytes");
 }

@@ -45,6 +45,8 @@ def forget_peak(device: torch.device) -> bool:
 def release_memory() -> None:
     """Give what the allocators hold but nobody uses back to the system."""
     gc.collect()
+    if (native := sys.modules.get("fastpt._C")) is not None:
+        native.release_region()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc

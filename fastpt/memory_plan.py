@@ -6,6 +6,7 @@ The model is built from its config alone (skeleton.py), adapted, fused and given
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +46,6 @@ class Plan:
     gradients: int  # alive at the worst moment
     activations: int  # saved and in passing, at the worst moment
     workspace: int  # of the op that runs then
-    retained: int  # buffers that ops keep from call to call
     peak_op: str
     saved_activations: int  # alive when the loss begins
     loss_workspace: int
@@ -53,6 +53,7 @@ class Plan:
     tokens: int  # of a micro-batch
     policy: str
     rounding: str
+    optimizer_name: Any
     limit: int | None = None
     reason: str = "as set"
     longest: int | None = None  # tokens of the longest row that fits the limit
@@ -67,7 +68,6 @@ class Plan:
                 self.gradients,
                 self.activations,
                 self.workspace,
-                self.retained,
             )
         )
 
@@ -79,14 +79,15 @@ class Plan:
         rows = [
             ("weights", self.weights), ("adapters", self.adapters), ("optimizer state", self.optimizer),
             ("gradients", self.gradients), (f"activations ({self.policy})", self.activations),
-            (f"workspace of {self.peak_op}", self.workspace), ("buffers kept by ops", self.retained),
+            (f"workspace of {self.peak_op}", self.workspace),
         ]  # fmt: skip
         lines = [f"{name:<44}{gib(value):>12}" for name, value in rows if value]
         lines += [f"{'peak':<44}{gib(self.peak):>12}", ""]
         lines.append(f"saved for backward when the loss begins: {gib(self.saved_activations)}")
         lines.append(f"for a moment: loss {gib(self.loss_workspace)}, packed operands {gib(self.packing_buffers)}")
         lines.append(
-            f"micro-batches of {self.tokens} tokens, activations {self.policy}, rounding {self.rounding}: {self.reason}"
+            f"micro-batches of {self.tokens} tokens, activations {self.policy}, optimizer {self.optimizer_name}, "
+            f"rounding {self.rounding}: {self.reason}"
         )
         if self.limit is not None:
             verdict = "fits" if self.fits else "does not fit"
@@ -99,7 +100,7 @@ class Plan:
 def plan(model: Any = None, **settings: Any) -> Plan:
     """What a run of these settings (those of `train`) will take, for its memory_limit or as set; nothing is loaded.
 
-    With a `memory_limit`, micro_batch_tokens, activations and optim.rounding are chosen to fit unless they are given.
+    With a `memory_limit`, micro_batch_tokens, activations, optim.rounding and optim.name are chosen to fit unless given.
     Units: bytes beyond what the process takes before the model.
     Raises: ConfigError when nothing fits, with what comes nearest.
     """
@@ -125,6 +126,7 @@ class Choice:
     tokens: int
     policy: str
     rounding: str
+    optimizer: Any  # its name, or a function that makes it
     length: int  # of the longest row
 
 
@@ -155,10 +157,11 @@ class Planner:
 
     @property
     def wanted(self) -> Choice:
-        return self.choice(self.tokens, self.config.activations, self.config.optim.rounding)
+        optim = self.config.optim
+        return self.choice(self.tokens, self.config.activations, optim.rounding, optim.name)
 
-    def choice(self, tokens: int, policy: str, rounding: str) -> Choice:
-        return Choice(tokens, policy, rounding, min(tokens, self.max_length))
+    def choice(self, tokens: int, policy: str, rounding: str, optimizer: Any) -> Choice:
+        return Choice(tokens, policy, rounding, optimizer, min(tokens, self.max_length))
 
     @cached_property
     def model(self) -> Any:
@@ -175,22 +178,19 @@ class Planner:
         return self._found[choice]
 
     def fitting(self, limit: int) -> Plan:
-        """The first of the choices that fits, dearest last: fewer tokens at once cost little time, stochastic rounding some
-        exactness, recomputation a third more products, offloading the disk's or the bus's time."""
+        """The first of the choices that fits, dearest last: fewer tokens at once cost little time, recomputation a third more
+        products, offloading the disk's or the bus's time, stochastic rounding and 8-bit moments some exactness."""
         given, config = self.config.model_fields_set, self.config
         policies = [config.activations] if "activations" in given else ["keep", "recompute", "offload"]
-        roundings = [config.optim.rounding] if "rounding" in config.optim.model_fields_set else ["master", "stochastic"]
         least, sizes = min(self.max_length, self.tokens), [self.tokens]
         while config.micro_batch_tokens is None and sizes[-1] > least:
             sizes.append(max(least, sizes[-1] // 2))
         tried = []
-        for rounding in roundings if config.method.name in ("full", "freeze") else roundings[:1]:
-            for policy in policies:
-                for tokens in sizes:
-                    found = replace(self.at(self.choice(tokens, policy, rounding)), limit=limit)
-                    tried.append(found)
-                    if found.fits:
-                        return replace(found, reason=_reason(found, tried))
+        for (optimizer, rounding), policy, tokens in itertools.product(self._states(), policies, sizes):
+            found = replace(self.at(self.choice(tokens, policy, rounding, optimizer)), limit=limit)
+            tried.append(found)
+            if found.fits:
+                return replace(found, reason=_reason(found, tried))
         nearest = min(tried, key=lambda one: one.peak)
         raise ConfigError(
             f"memory_limit {gib(limit)}: nothing fits; the least is {gib(nearest.peak)} with {nearest.tokens} tokens at once, "
@@ -198,11 +198,19 @@ class Planner:
             f"{gib(nearest.optimizer + nearest.gradients)}; lower max_length, or train adapters"
         )
 
+    def _states(self) -> list[tuple[Any, str]]:
+        """Optimizers and roundings to try, from 12 bytes a parameter to 2; of adapters the state is small."""
+        optim, given = self.config.optim, self.config.optim.model_fields_set
+        is_full = self.config.method.name in ("full", "freeze")
+        roundings = ["master", "stochastic"] if is_full and "rounding" not in given else [optim.rounding]
+        names = ["adamw", "adamw_8bit"] if is_full and "name" not in given else [optim.name]
+        return list(itertools.product(names, roundings))
+
     def longest(self, found: Plan) -> int:
         """Tokens of the longest row that fits, at most what the model has positions for: by lines through two lengths."""
 
         def row(tokens: int) -> int:
-            return self.at(Choice(tokens, found.policy, found.rounding, tokens)).peak
+            return self.at(Choice(tokens, found.policy, found.rounding, found.optimizer_name, tokens)).peak
 
         limit, tokens = found.limit or found.peak, found.tokens
         short = max(1, tokens // 2)
@@ -219,7 +227,10 @@ def _reason(found: Plan, tried: list[Plan]) -> str:
     if len(tried) == 1:
         return "all that was wished for fits"
     over = tried[-2]
-    return f"the first choice that fits; {over.tokens} tokens with {over.policy}, {over.rounding} would take {gib(over.peak)}"
+    return (
+        f"the first choice that fits; {over.tokens} tokens with {over.policy}, "
+        f"{over.optimizer_name}, {over.rounding} would take {gib(over.peak)}"
+    )
 
 
 def _method_of(model: Any) -> MethodConfig:
@@ -241,7 +252,8 @@ def batch_of(tokens: int, longest: int, vocabulary: int) -> Batch:
 
 def _trace(planner: Planner, choice: Choice) -> Plan:
     config, model = planner.config, planner.model
-    config = config.model_copy(update={"optim": config.optim.model_copy(update={"rounding": choice.rounding})})
+    changed = {"rounding": choice.rounding, "name": choice.optimizer}
+    config = config.model_copy(update={"optim": config.optim.model_copy(update=changed)})
     set_policy(model, choice.policy, offload=Nowhere())  # type: ignore[arg-type]
     parameters = [p for p in model.parameters() if p.requires_grad]
     objective, scorer = make_objective(config.objective), ModelScorer(model)
@@ -257,18 +269,13 @@ def _trace(planner: Planner, choice: Choice) -> Plan:
         state = trace.live
         stepper = StepInBackward(optimizer) if config.optim.in_backward else None  # type: ignore[arg-type]
         hooks = [] if stepper else _count_gradients(parameters, trace)  # that one's gradients come and go
-        retained = -1
-        while (
-            retained < trace.retained
-        ):  # again where ops kept memory: from the next step on it is there from the beginning
-            retained = trace.retained
-            trace.new_step()
-            for _ in range(1 if stepper or not accumulates else 2):
-                if stepper:
-                    stepper.begin()
-                objective.loss(scorer, batch)[0].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        trace.new_step()
+        for _ in range(1 if stepper or not accumulates else 2):
+            if stepper:
+                stepper.begin()
+            objective.loss(scorer, batch)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     for hook in [*hooks, *([stepper] if stepper else [])]:
         hook.remove()
     begun = min((trace.before[name] for name in HEAD_OPS if name in trace.before), default=state)
@@ -277,11 +284,12 @@ def _trace(planner: Planner, choice: Choice) -> Plan:
     largest = trace.largest
     return Plan(
         weights=weights, adapters=adapters, optimizer=state, gradients=peak.gradients, workspace=peak.workspace,
-        activations=peak.total - state - peak.gradients - peak.workspace - retained, retained=retained, peak_op=peak.op,
-        saved_activations=begun - state - retained,
+        activations=peak.total - state - peak.gradients - peak.workspace, peak_op=peak.op,
+        saved_activations=begun - state,
         loss_workspace=max((largest[name] for name in HEAD_OPS if name in largest), default=0),
         packing_buffers=max((n for name, n in largest.items() if name not in HEAD_OPS), default=0),
         tokens=choice.tokens, policy=choice.policy, rounding=choice.rounding,
+        optimizer_name=choice.optimizer,
     )  # fmt: skip
 
 

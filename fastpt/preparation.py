@@ -59,7 +59,7 @@ def settle_memory(
         return config, MemoryWatch(None, device)
     plan = Planner(config, model, max_length).fitting(config.memory_limit)
     say(f"memory plan\n{plan}")
-    optim = config.optim.model_copy(update={"rounding": plan.rounding})
+    optim = config.optim.model_copy(update={"rounding": plan.rounding, "name": plan.optimizer_name})
     chosen = {"micro_batch_tokens": plan.tokens, "activations": plan.policy, "optim": optim}
     return config.model_copy(update=chosen), MemoryWatch(plan, device)
 

@@ -6,6 +6,7 @@ together with the workspace that the ops declare.
 
 from __future__ import annotations
 
+import sys
 import weakref
 
 import torch
@@ -52,17 +53,23 @@ class LiveMemory:
         self._is_new: dict[int, bool] = {}  # by storage: made while metered, or there before
 
     def note_input(self, tensor: Tensor) -> None:
-        self._is_new.setdefault(tensor.untyped_storage()._cdata, False)
+        self._note(tensor.untyped_storage(), 0, False)
 
     def note_result(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata in self._is_new:
-            return
         size = storage.nbytes()
-        self._is_new[storage._cdata] = True
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._note_freed, storage._cdata, size)
+        if self._note(storage, size, True):
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _note(self, storage: torch.UntypedStorage, size: int, is_new: bool) -> bool:
+        """Whether it was not known: the key of one that is gone may be that of another."""
+        key = storage._cdata
+        if key in self._is_new:
+            return False
+        self._is_new[key] = is_new
+        weakref.finalize(storage, self._note_freed, key, size)
+        return True
 
     def _note_freed(self, key: int, size: int) -> None:
         if self._is_new.pop(key, False):
@@ -79,14 +86,13 @@ class MemoryTrace(TorchDispatchMode):
         super().__init__()
         self.memory = LiveMemory()
         self.gradients = 0  # bytes of parameters' gradients alive: whoever runs the step counts them
-        self.retained = 0  # bytes that ops keep for their next call
         self.peak, self.steps = Peak(), 0
         self.largest: dict[str, int] = {}  # op -> the most workspace it took
         self.before: dict[str, int] = {}  # op -> bytes alive before its first call
 
     @property
     def live(self) -> int:
-        return self.memory.live + self.retained
+        return self.memory.live
 
     def new_step(self) -> None:
         """Forget the step before, not what is alive after it."""
@@ -95,6 +101,8 @@ class MemoryTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is torch.ops.aten.add.Tensor and _is_called_by_autograd():
+            func = torch.ops.aten.add_.Tensor  # where no mode is watching, autograd sums gradients in place
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 self.memory.note_input(leaf)
@@ -102,17 +110,23 @@ class MemoryTrace(TorchDispatchMode):
         if op is not None:
             self.before.setdefault(op.name, self.live)
         result = func(*args, **kwargs)
-        retained = 0 if op is None or op.retained is None else op.retained(*args, **kwargs)
-        self.retained = max(self.retained, retained)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                (self.memory.note_input if retained else self.memory.note_result)(leaf)
+                self.memory.note_result(leaf)
         workspace = 0 if op is None or op.workspace is None else op.workspace(*args, **kwargs)
         if op is not None:
             self.largest[op.name] = max(self.largest.get(op.name, 0), workspace)
         if self.live + workspace > self.peak.total:
             self.peak = Peak(self.live + workspace, self.gradients, workspace, func._opname)
         return result
+
+
+def _is_called_by_autograd() -> bool:
+    """Not by a function that it runs: nothing but torch's own wrappers lies between the mode and the engine."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name in ("_fn", "inner") and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code.co_name == "_engine_run_backward"
 
 
 class Peak:

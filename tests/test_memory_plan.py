@@ -39,6 +39,16 @@ def test_the_trace_counts_what_is_alive_at_once():
     assert trace.live == 0
 
 
+def test_autograd_sums_gradients_in_place():
+    """As it does where no mode is watching: a weight that is used twice has two gradients at once, not three."""
+    weight = torch.nn.Parameter(torch.ones(MIB))
+    used = (weight * 2.0).sum() + (weight * 3.0).sum()
+    with NothingComputed(), MemoryTrace() as trace:
+        used.backward()
+    assert trace.peak.total - 8 * MIB <= MIB
+    assert trace.live == 4 * MIB
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_skeleton_is_the_model_but_for_its_memory(family, method):
@@ -187,7 +197,19 @@ def test_a_full_run_that_does_not_fit_rounds_stochastically():
     least = min(
         planned(**settings, micro_batch_tokens=32, activations=one).peak for one in ("keep", "recompute", "offload")
     )
-    assert planned(**settings, memory_limit=least - 1).rounding == "stochastic"
+    found = planned(**settings, memory_limit=least - 1)
+    assert (found.rounding, found.optimizer_name) == ("stochastic", "adamw")
+    with pytest.raises(ConfigError, match="nothing fits"):
+        planned(**settings, memory_limit=found.peak // 2, optim="adamw")
+
+
+def test_a_full_run_that_fits_no_other_way_keeps_moments_of_8_bits():
+    wide = tiny_model("llama", hidden_size=256, intermediate_size=512).bfloat16()
+    settings = {"method": "full", "precision": "bf16", "model": wide, "max_length": 16, "micro_batch_tokens": 16}
+    limit = planned(**settings, optim={"rounding": "stochastic"}).peak - MIB
+    found = planned(**settings, memory_limit=limit)
+    assert found.optimizer_name == "adamw_8bit"
+    assert found.peak <= limit
 
 
 def test_the_longest_row_fits_and_no_longer_one():

@@ -7,7 +7,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/fresh.h"
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
 
@@ -180,7 +179,7 @@ struct Forward {
       pack(block, split.head, shared_keys(split.sequence, split.head));
     });
     const int64_t bytes = ForwardState<T>(Arena{nullptr}, plan.columns, plan.longest).bytes;
-    auto scratch = fresh({at::get_num_threads(), bytes}, options.dtype(at::kByte));
+    auto scratch = at::empty({at::get_num_threads(), bytes}, options.dtype(at::kByte));
     char* base = static_cast<char*>(scratch.mutable_data_ptr());
     for_each_task(division.units.size(), [&](int64_t worker, int64_t task) {
       unit(division.units[task], ForwardState<T>(Arena{base + worker * bytes}, plan.columns, plan.longest));
@@ -200,10 +199,10 @@ std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& q, const at::Tens
   TORCH_CHECK(!sinks || (sinks->dim() == 1 && sinks->size(0) == q.size(1) && sinks->scalar_type() == at::kFloat),
               "attention: sinks must be float32 [", q.size(1), "]");
   const auto si = sinks ? sinks->contiguous() : at::Tensor();
-  auto out = fresh(qi.sizes(), q.options());
-  auto lse = fresh({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
+  auto out = at::empty(qi.sizes(), q.options());
+  auto lse = at::empty({q.size(0), q.size(1)}, q.options().dtype(at::kFloat));
   const Division division(plan, at::get_num_threads());
-  auto shared = fresh({division.parts > 0 ? 2 : 0, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
+  auto shared = at::empty({division.parts > 0 ? 2 : 0, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
   by_dtype(q, [&]<typename T>() {
     const Forward<T> forward{plan,
                              Heads<const T>(qi),

@@ -7,7 +7,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/fresh.h"
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
 
@@ -153,7 +152,7 @@ struct Backward {
       pack(block, split.head, shared_keys(split.sequence, split.head));
     });
     const int64_t bytes = BackwardState<T>(Arena{nullptr}, plan.columns, plan.longest).bytes;
-    auto scratch = fresh({at::get_num_threads(), bytes}, options.dtype(at::kByte));
+    auto scratch = at::empty({at::get_num_threads(), bytes}, options.dtype(at::kByte));
     char* base = static_cast<char*>(scratch.mutable_data_ptr());
     for_each_task(division.units.size(), [&](int64_t worker, int64_t task) {
       unit(division.units[task], sums, BackwardState<T>(Arena{base + worker * bytes}, plan.columns, plan.longest));
@@ -178,11 +177,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
                   li.numel() == q.size(0) * q.size(1),
               "attention_backward: grad ", grad.sizes(), ", out ", out.sizes(), ", lse ", lse.sizes(), " do not fit q ",
               q.sizes());
-  auto dq = fresh(qi.sizes(), q.options()), dk = fresh(ki.sizes(), k.options());
-  auto dv = fresh(ki.sizes(), v.options());
+  auto dq = at::empty(qi.sizes(), q.options()), dk = at::empty(ki.sizes(), k.options());
+  auto dv = at::empty(ki.sizes(), v.options());
   const Division division(plan, at::get_num_threads());
-  auto sums = fresh({division.parts, 2, plan.longest, plan.columns}, q.options().dtype(at::kFloat));
-  auto shared = fresh({division.parts > 0 ? 3 : 0, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
+  auto sums = at::empty({division.parts, 2, plan.longest, plan.columns}, q.options().dtype(at::kFloat));
+  auto shared = at::empty({division.parts > 0 ? 3 : 0, plan.heads_kv, plan.packed_keys, plan.columns}, q.options());
   by_dtype(q, [&]<typename T>() {
     const Backward<T> backward{plan,
                                Heads<const T>(gi),
@@ -212,7 +211,7 @@ at::Tensor attention_sinks_backward(const at::Tensor& grad, const at::Tensor& ou
               sinks.sizes(), " do not fit");
   const auto gi = attention_input(grad), oi = attention_input(out), li = lse.contiguous(), si = sinks.contiguous();
   const int64_t tokens = oi.size(0), heads = oi.size(1), dim = oi.size(2);
-  auto dsinks = fresh({heads}, sinks.options());
+  auto dsinks = at::empty({heads}, sinks.options());
   const float *l = li.const_data_ptr<float>(), *s = si.const_data_ptr<float>();
   float* sums = dsinks.mutable_data_ptr<float>();
   by_dtype(out, [&]<typename T>() {

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "cpu/dispatch.h"
-#include "cpu/fresh.h"
 #include "cpu/gemm.h"
 #include "cpu/tasks.h"
 #define FASTPT_KERNELS "cpu/dora_norm_kernels.h"
@@ -27,14 +27,14 @@ Tensor dora_norm(const Tensor& weight, const Tensor& lora_a, const Tensor& lora_
   const int64_t O = weight.size(0), D = weight.size(1), R = lora_a.size(0);
   const auto w = weight.contiguous(), a = lora_a.to(at::kFloat).contiguous(),
              b = lora_b.to(at::kFloat).mul(scale).contiguous();
-  auto out = fresh({O}, weight.options().dtype(at::kFloat));
+  auto out = at::empty({O}, weight.options().dtype(at::kFloat));
   float* norms = out.mutable_data_ptr<float>();
   const float *ap = a.const_data_ptr<float>(), *bp = b.const_data_ptr<float>();
   by_dtype(w, [&]<typename T>() {
     const auto widen = FASTPT_BY_ISA(widen_tile<T>);
     const auto square = FASTPT_BY_ISA(add_squares);
     const T* wp = w.const_data_ptr<T>();
-    auto scratch = fresh({at::get_num_threads(), kTileRows * kTileColumns}, out.options());
+    auto scratch = at::empty({at::get_num_threads(), kTileRows * kTileColumns}, out.options());
     float* tiles = scratch.mutable_data_ptr<float>();
     for_each_task((O + kTileRows - 1) / kTileRows, [&](int64_t worker, int64_t task) {
       float* tile = tiles + worker * kTileRows * kTileColumns;

@@ -4,9 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/fresh.h"
 #include "cpu/dispatch.h"
 #define FASTPT_KERNELS "cpu/geglu_kernels.h"
 #include "cpu/for_each_isa.h"
@@ -30,7 +30,7 @@ at::Tensor geglu(const at::Tensor& gate, const at::Tensor& up, std::string_view 
   const bool tanh = is_tanh(gate, up, approximate);
   if (!is_native(gate)) return reference(gate, up, approximate);
   const auto g = gate.contiguous(), u = up.contiguous();
-  auto out = fresh_like(g);
+  auto out = at::empty(g.sizes(), g.options());
   by_dtype(g, [&]<typename T>() {
     const auto kernel = tanh ? FASTPT_BY_ISA(geglu_forward<T, true>) : FASTPT_BY_ISA(geglu_forward<T, false>);
     const T *gp = g.const_data_ptr<T>(), *upp = u.const_data_ptr<T>();
@@ -48,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor> geglu_backward(const at::Tensor& grad, const 
   const bool tanh = is_tanh(gate, up, approximate);
   if (!is_native(gate)) return reference(grad, gate, up, approximate);
   const auto d = grad.contiguous(), g = gate.contiguous(), u = up.contiguous();
-  auto dgate = fresh_like(g), dup = fresh_like(g);
+  auto dgate = at::empty(g.sizes(), g.options()), dup = at::empty(g.sizes(), g.options());
   by_dtype(g, [&]<typename T>() {
     const auto kernel = tanh ? FASTPT_BY_ISA(geglu_backward<T, true>) : FASTPT_BY_ISA(geglu_backward<T, false>);
     const T *dp = d.const_data_ptr<T>(), *gp = g.const_data_ptr<T>(), *upp = u.const_data_ptr<T>();

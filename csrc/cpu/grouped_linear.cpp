@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include "cpu/dispatch.h"
-#include "cpu/fresh.h"
 #include "cpu/lora_linear.h"
 
 namespace fastpt {
@@ -87,8 +86,8 @@ std::tuple<at::Tensor, at::Tensor> grouped_linear(const at::Tensor& x, const at:
   check(x, offsets, weight, lora_a, lora_b);
   const auto groups = read_groups(offsets, x.size(0));
   const auto rows = gemm_rows(x);
-  auto y = fresh({x.size(0), weight.size(1)}, x.options());
-  auto xa = fresh({x.size(0), lora_a ? lora_a->size(1) : 0}, x.options());
+  auto y = at::empty({x.size(0), weight.size(1)}, x.options());
+  auto xa = at::empty({x.size(0), lora_a ? lora_a->size(1) : 0}, x.options());
   clear_rest(groups, y), clear_rest(groups, xa);
   for_each_group(groups, [&](const Group& group) {
     if (group.rows == 0) return;
@@ -102,8 +101,8 @@ std::tuple<at::Tensor, at::Tensor> grouped_linear(const at::Tensor& x, const at:
 struct StackGradient {
   StackGradient(const Adapter& stack, bool wanted, bool in_float32, const at::Tensor& x)
       : is_wanted(wanted && stack.has_value()),
-        all(fresh(is_wanted ? stack->sizes() : at::IntArrayRef{0},
-                  in_float32 ? x.options().dtype(at::kFloat) : x.options())) {}
+        all(at::empty(is_wanted ? stack->sizes() : at::IntArrayRef{0},
+                      in_float32 ? x.options().dtype(at::kFloat) : x.options())) {}
 
   at::Tensor part(const Group& group) const {
     if (!is_wanted) return {};
@@ -113,8 +112,9 @@ struct StackGradient {
   }
   at::Tensor sum_of(const Group& group) const {
     const auto found = part(group);
-    return !is_wanted || found.scalar_type() == at::kFloat ? found
-                                                           : fresh(found.sizes(), found.options().dtype(at::kFloat));
+    return !is_wanted || found.scalar_type() == at::kFloat
+               ? found
+               : at::empty(found.sizes(), found.options().dtype(at::kFloat));
   }
   void store(const Group& group, const at::Tensor& sum) const {
     if (is_wanted && group.rows > 0 && all.scalar_type() != at::kFloat) all.select(0, group.expert).copy_(sum);
@@ -141,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> grouped_linear_backwa
   const bool wants_x = wants[0];
   const StackGradient dweight(weight, wants[1], in_float32, x), da(lora_a, wants[2], in_float32, x),
       db(lora_b, wants[3], in_float32, x);
-  const auto dx = fresh(wants_x ? x.sizes() : at::IntArrayRef{0}, x.options());
+  const auto dx = at::empty(wants_x ? x.sizes() : at::IntArrayRef{0}, x.options());
   if (wants_x) clear_rest(groups, dx);
   const std::vector<Wants> wanted{{dweight.is_wanted, false, da.is_wanted, db.is_wanted}};
   for_each_group(groups, [&](const Group& group) {

@@ -1,6 +1,5 @@
 // lora_linear forward on the CPU: the low-rank hidden of every projection first, then one task a tile of rows and a few
 // panels of columns, whose sum starts with the low-rank term. The definition is fastpt/ops/lora_linear.py.
-#include "cpu/fresh.h"
 #include "cpu/lora_linear.h"
 
 #include <tuple>
@@ -54,7 +53,7 @@ std::vector<Projection> read_projections(const at::Tensor& x, at::TensorList wei
 }
 
 at::Tensor dropped(const at::Tensor& x, const Dropout& dropout, int64_t seed) {
-  auto out = fresh(x.sizes(), x.options());
+  auto out = at::empty(x.sizes(), x.options());
   by_dtype(x, [&]<typename T>() {
     const T* in = x.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
@@ -69,7 +68,7 @@ at::Tensor dropped(const at::Tensor& x, const Dropout& dropout, int64_t seed) {
 
 at::Tensor row_parts(const at::Tensor& a, int64_t parts) {
   if (parts == 1) return a;
-  auto split = fresh({parts * a.size(0), a.size(1)}, a.options().dtype(at::kBFloat16));
+  auto split = at::empty({parts * a.size(0), a.size(1)}, a.options().dtype(at::kBFloat16));
   FASTPT_BY_ISA(split_numbers)(a.numel(), a.const_data_ptr<float>(), a.numel(),
                                split.mutable_data_ptr<c10::BFloat16>());
   return split;
@@ -78,7 +77,7 @@ at::Tensor row_parts(const at::Tensor& a, int64_t parts) {
 at::Tensor column_parts(const at::Tensor& b, int64_t parts) {
   if (parts == 1) return b;
   const int64_t R = b.size(1);
-  auto split = fresh({b.size(0), parts * R}, b.options().dtype(at::kBFloat16));
+  auto split = at::empty({b.size(0), parts * R}, b.options().dtype(at::kBFloat16));
   c10::BFloat16* to = split.mutable_data_ptr<c10::BFloat16>();
   for (int64_t o = 0; o < b.size(0); ++o)
     FASTPT_BY_ISA(split_numbers)(R, b.const_data_ptr<float>() + o * R, R, to + o * parts * R);
@@ -224,8 +223,8 @@ LinearOutputs linear_forward(const at::Tensor& x, const std::vector<Projection>&
   for (const Projection& p : projections) {
     auto sizes = x.sizes().vec();
     sizes.back() = p.out();
-    ys.push_back(fresh(sizes, x.options()));
-    xas.push_back(fresh({rows.size(0), p.rank()}, x.options().dtype(p.rank() ? p.a.scalar_type() : at::kFloat)));
+    ys.push_back(at::empty(sizes, x.options()));
+    xas.push_back(at::empty({rows.size(0), p.rank()}, x.options().dtype(p.rank() ? p.a.scalar_type() : at::kFloat)));
   }
   project(rows, projections, Dropout{dropout_p}, ys, xas);
   return {ys, xas};

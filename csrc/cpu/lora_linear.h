@@ -15,7 +15,6 @@
 #include <ATen/ops/empty.h>
 
 #include "common/dropout.h"
-#include "cpu/fresh.h"
 #include "cpu/gemm.h"
 #include "cpu/nf4.h"
 #include "cpu/tasks.h"
@@ -131,7 +130,7 @@ class Packed {
   Packed(int64_t depth, int64_t columns, const at::TensorOptions& options)
       : depth_(depth),
         columns_(columns),
-        data_(fresh({panels(), even(depth), kPanel}, options)),
+        data_(at::empty({panels(), even(depth), kPanel}, options)),
         panel_0_(data_.mutable_data_ptr<T>()) {}
 
   int64_t depth() const { return depth_; }
@@ -212,7 +211,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, int64_t lda, const T
 // [rows, padded], of which only the columns that pad `columns` are written, with zeros.
 template <typename T>
 at::Tensor empty_padded(int64_t rows, int64_t columns, int64_t padded, const at::TensorOptions& options) {
-  auto out = fresh({rows, padded}, options);
+  auto out = at::empty({rows, padded}, options);
   T* data = out.mutable_data_ptr<T>();
   for (int64_t r = 0; r < rows; ++r) std::fill(data + r * padded + columns, data + (r + 1) * padded, T(0.0f));
   return out;
@@ -223,7 +222,7 @@ template <typename T>
 class Scratch {
  public:
   Scratch(int64_t numbers, const at::TensorOptions& options)
-      : stride_((numbers + 63) / 64 * 64), data_(fresh({at::get_num_threads(), stride_}, options)) {}
+      : stride_((numbers + 63) / 64 * 64), data_(at::empty({at::get_num_threads(), stride_}, options)) {}
   T* of(int64_t worker) const { return data_.template mutable_data_ptr<T>() + worker * stride_; }
 
  private:

@@ -5,7 +5,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "cpu/fresh.h"
 #include "cpu/dispatch.h"
 #include "cpu/lora_linear.h"
 #include "cpu/row_blocks.h"
@@ -275,7 +274,7 @@ class Backward {
     std::vector<std::pair<size_t, int64_t>> blocks;
     for (size_t i = 0; i < projections_.size(); ++i) {
       if (!wants_[i].weight) continue;
-      operands_[i].grad_t = fresh({projections_[i].out(), padded_}, x_.options());
+      operands_[i].grad_t = at::empty({projections_[i].out(), padded_}, x_.options());
       for (int64_t o = 0; o < projections_[i].out(); o += kRows) {
         blocks.emplace_back(i, o);
         jobs.push_back([this, i, o] { transpose_grad(i, o); });
@@ -341,9 +340,9 @@ LinearGradients linear_backward(at::TensorList grads, const at::Tensor& x, const
   const auto rows = gemm_rows(x);
   const auto wide = x.options().dtype(at::kFloat);
   const auto array = [&](at::IntArrayRef sizes, bool wanted) {
-    return !wanted ? fresh({0}, wide) : rows.size(0) > 0 ? fresh(sizes, wide) : at::zeros(sizes, wide);
+    return !wanted ? at::empty({0}, wide) : rows.size(0) > 0 ? at::empty(sizes, wide) : at::zeros(sizes, wide);
   };
-  Gradients out{fresh(wants_x ? x.sizes() : at::IntArrayRef{0}, x.options()), {}, {}, {}, {}};
+  Gradients out{at::empty(wants_x ? x.sizes() : at::IntArrayRef{0}, x.options()), {}, {}, {}, {}};
   std::vector<Wants> wanted;
   std::vector<at::Tensor> low;
   for (size_t i = 0; i < n; ++i) {

@@ -11,7 +11,6 @@
 #include <torch/library.h>
 
 #include "cpu/dispatch.h"
-#include "cpu/fresh.h"
 #define FASTPT_KERNELS "cpu/nf4_kernels.h"
 #include "cpu/for_each_isa.h"
 
@@ -86,7 +85,7 @@ Tensor nf4_dequantize(const Tensor& packed, const Tensor& absmax, const std::opt
   const int64_t n = c10::multiply_integers(shape);
   const Nf4Weight weight(packed, absmax, nested, n);
   const bool is_native = dtype == at::kFloat || dtype == at::kBFloat16;
-  auto out = fresh(shape, packed.options().dtype(is_native ? dtype : at::kFloat));
+  auto out = at::empty(shape, packed.options().dtype(is_native ? dtype : at::kFloat));
   by_dtype(out, [&]<typename T>() {
     T* to = out.mutable_data_ptr<T>();
     at::parallel_for(0, blocks_of(n, kNf4Block), kBlocksOfTask, [&](int64_t lo, int64_t hi) {

@@ -2,9 +2,9 @@
 #include <optional>
 #include <tuple>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/fresh.h"
 #include "cpu/dispatch.h"
 #include "cpu/row_blocks.h"
 #define FASTPT_KERNELS "cpu/rms_norm_kernels.h"
@@ -24,7 +24,7 @@ Tensor scale_of(const Tensor& x, const Tensor& weight, double offset) {
 }
 
 Tensor empty_row_numbers(const Tensor& x) {
-  return fresh(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
+  return at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
 }
 
 // Writes s (unless residual is null), y and rstd; all contiguous.
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   const auto scale = scale_of(x, weight, offset);
   if (!is_native(x)) return reference(x, weight, eps, offset, casts_first);
   const auto rows = x.contiguous();
-  auto y = fresh_like(rows), rstd = empty_row_numbers(rows);
+  auto y = at::empty(rows.sizes(), rows.options()), rstd = empty_row_numbers(rows);
   forward_rows(rows, nullptr, scale, eps, casts_first, nullptr, y, rstd);
   return {y, rstd};
 }
@@ -71,7 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& r
   const auto scale = scale_of(x, weight, offset);
   if (!is_native(x)) return reference(x, residual, weight, eps, offset, casts_first);
   const auto rows = x.contiguous(), others = residual.contiguous();
-  auto y = fresh_like(rows), s = fresh_like(rows), rstd = empty_row_numbers(rows);
+  auto y = at::empty(rows.sizes(), rows.options()), s = at::empty(rows.sizes(), rows.options()),
+       rstd = empty_row_numbers(rows);
   forward_rows(rows, &others, scale, eps, casts_first, &s, y, rstd);
   return {y, s, rstd};
 }
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const std::opti
   const auto g = grad.contiguous(), xc = x.contiguous(), scale = scale_of(x, weight, offset);
   const auto gs = grad_sum ? grad_sum->contiguous() : Tensor();
   const int64_t D = x.size(-1), rows = rstd.numel();
-  auto dx = fresh_like(xc), dweight = at::zeros({weight_dtype ? D : 0}, rstd.options());
+  auto dx = at::empty(xc.sizes(), xc.options()), dweight = at::zeros({weight_dtype ? D : 0}, rstd.options());
   if (x.numel() == 0) return {dx, stored(dweight, weight_dtype)};
   by_dtype(x, [&]<typename T>() {
     const auto kernel = FASTPT_BY_ISA(rms_norm_backward_rows<T>);

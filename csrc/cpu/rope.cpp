@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/fresh.h"
 #include "cpu/dispatch.h"
 #include "cpu/row_blocks.h"
 #define FASTPT_KERNELS "cpu/rope_kernels.h"
@@ -87,7 +86,7 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
   const bool is_table_native = is_native(cos) && cos.scalar_type() == sin.scalar_type();
   const auto c = with_contiguous_rows(is_table_native ? cos : cos.to(at::kFloat));
   const auto s = with_contiguous_rows(is_table_native ? sin : sin.to(at::kFloat));
-  auto q_out = fresh(q.sizes(), q.options()), k_out = fresh(k.sizes(), k.options());
+  auto q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(k.sizes(), k.options());
   by_dtype(q, [&]<typename T>() {
     by_dtype(c, [&]<typename C>() { rotate<T, C>(qs, ks, c, s, rows, interleaved, transposed, q_out, k_out); });
   });

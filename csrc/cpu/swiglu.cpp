@@ -3,9 +3,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/fresh.h"
 #include "cpu/dispatch.h"
 #define FASTPT_KERNELS "cpu/swiglu_kernels.h"
 #include "cpu/for_each_isa.h"
@@ -21,7 +21,7 @@ at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
   static const auto reference = reference_of<at::Tensor(const at::Tensor&, const at::Tensor&)>("fastpt::swiglu");
   if (!is_native(gate)) return reference(gate, up);
   const auto g = gate.contiguous(), u = up.contiguous();
-  auto out = fresh_like(g);
+  auto out = at::empty(g.sizes(), g.options());
   by_dtype(g, [&]<typename T>() {
     const auto kernel = FASTPT_BY_ISA(swiglu_forward<T>);
     const T *gp = g.const_data_ptr<T>(), *upp = u.const_data_ptr<T>();
@@ -39,7 +39,7 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad, const
           "fastpt::swiglu_backward");
   if (!is_native(gate)) return reference(grad, gate, up);
   const auto d = grad.contiguous(), g = gate.contiguous(), u = up.contiguous();
-  auto dgate = fresh_like(g), dup = fresh_like(g);
+  auto dgate = at::empty(g.sizes(), g.options()), dup = at::empty(g.sizes(), g.options());
   by_dtype(g, [&]<typename T>() {
     const auto kernel = FASTPT_BY_ISA(swiglu_backward<T>);
     const T *dp = d.const_data_ptr<T>(), *gp = g.const_data_ptr<T>(), *upp = u.const_data_ptr<T>();

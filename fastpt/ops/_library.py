@@ -60,7 +60,6 @@ class Op:
     triton: Callable[..., Any] | None
     triton_launcher: str | None  # "module:function"
     workspace: Callable[..., int] | None
-    retained: Callable[..., int] | None
 
 
 OPS: dict[str, Op] = {}
@@ -75,7 +74,6 @@ def register(
     cost: Callable[..., Cost],
     triton: str | None = None,
     workspace: Callable[..., int] | None = None,
-    retained: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
     """Define `fastpt::<name>` from its schema and return the overload to call.
 
@@ -83,8 +81,7 @@ def register(
     TORCH_LIBRARY_IMPL(fastpt, CPU, m). `triton` is "module:function", imported on its first call with CUDA tensors; where
     CUDA C++ was built and has the op, it serves it instead.
     `fake`, `cost` and `workspace` take the op's arguments; `fake` returns empty outputs, `cost` a `Cost`, `workspace` the
-    bytes that the C++ kernel needs for a moment beyond inputs and outputs (None: next to nothing), `retained` those of its
-    outputs that it keeps for its next call.
+    bytes that the C++ kernel needs for a moment beyond inputs and outputs (None: next to nothing).
     """
     name = LIBRARY.define(schema).split("::")[-1]
     LIBRARY.impl(name, _past_autocast(reference), "CompositeExplicitAutograd")
@@ -94,7 +91,7 @@ def register(
         LIBRARY.impl(name, kernel, "CUDA")
         SERVED_BY_TRITON.add(name)
     overload = getattr(torch.ops.fastpt, name).default
-    OPS[name] = Op(name, overload, reference, cost, kernel, triton, workspace, retained)
+    OPS[name] = Op(name, overload, reference, cost, kernel, triton, workspace)
     return overload
 
 

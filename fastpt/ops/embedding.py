@@ -1,4 +1,4 @@
-"""embedding: rows of a weight by index; the backward writes only the rows that were used, the rest is memory never touched."""
+"""embedding: rows of a weight by index."""
 
 from __future__ import annotations
 
@@ -39,18 +39,13 @@ _forward = register(
 )
 
 
-def _kept_bytes(gradient: int) -> int:
-    """Of a large gradient that was let go, what embedding.cpp keeps for the next (kLarge there)."""
-    return gradient if gradient >= 1 << 25 else 0
-
-
 _backward = register(
     "embedding_backward(Tensor grad, Tensor ids, int rows, int padding_idx, ScalarType dtype) -> Tensor",
     reference=reference_backward,
     fake=lambda grad, ids, rows, padding_idx, dtype: grad.new_empty(rows, grad.shape[-1], dtype=dtype),
     cost=_cost_backward,
     triton="fastpt.kernels.embedding:backward",
-    retained=lambda grad, ids, rows, *_: _kept_bytes(4 * rows * grad.shape[-1]),
+    workspace=lambda grad, ids, rows, padding, dtype: 0 if dtype == torch.float32 else 4 * rows * grad.shape[-1],
 )
 
 
