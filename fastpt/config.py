@@ -187,7 +187,7 @@ class Config(Node):
     )
     memory_limit: int | None = Field(
         None,
-        description='such as "6GiB": micro_batch_tokens, activations, optim.rounding and optim.name, unless given, are made to fit',
+        description='such as "6GiB": micro_batch_tokens, activations, optim.rounding and name, unless given, are made to fit',
     )
 
     logging_steps: int = Field(1, ge=1)

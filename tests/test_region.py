@@ -1,6 +1,7 @@
-"""csrc/cpu/region.cpp: where large tensors live on the CPU. Rooms are used again, nothing overlaps, and free pages can be given back."""
+"""csrc/cpu/region.cpp: rooms are used again, nothing overlaps, free pages can be given back."""
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_blocks_never_overlap():
             assert tensor.eq(written).all()
         held[key] = block(size).fill_(step % 251), step % 251
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t, _ in held.values())
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def test_threads_take_and_give_at_once():
@@ -58,9 +59,7 @@ def test_threads_take_and_give_at_once():
     def work(seed):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(300):
-            tensors = [
-                block(int(n)).fill_(seed) for n in torch.randint(1 << 14, 1 << 17, (4,), generator=generator)
-            ]
+            tensors = [block(int(n)).fill_(seed) for n in torch.randint(1 << 14, 1 << 17, (4,), generator=generator)]
             wrong.extend(t for t in tensors if not t.eq(seed).all())
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
