@@ -102,7 +102,9 @@ def ranked_example(tokenizer: Any, row: Row, place: str, row_format: RowFormat) 
             "or delete the row"
         )
     sides = [Example(ids, np.arange(len(ids)) >= differs.argmax(), None, place) for ids in both]
-    return replace(joined(sides, place), fields={"margin": np.array([_margin(row_format.renamed(row), place)], np.float32)})
+    return replace(
+        joined(sides, place), fields={"margin": np.array([_margin(row_format.renamed(row), place)], np.float32)}
+    )
 
 
 def _margin(row: Row, place: str) -> float:

@@ -41,7 +41,7 @@ def reference_logprobs(model: Scorer, batch: Batch) -> Tensor:
 
 
 def keep_reference(model: Scorer, data: Tokenised, micro_tokens: int, say: Callable[[str], None]) -> None:
-    """Give each example the log-probabilities of its answers under the model as it is now, unless an adapter can be switched off."""
+    """Give each example its answers' log-probabilities under the model as it is, unless an adapter can be switched off."""
     if not model.has_reference:
         say(f"log-probabilities of {len(data)} rows under the reference, once")
         data.set_field(REFERENCE, documents_logprobs(model, data.lengths, data.example, micro_tokens))

@@ -17,6 +17,7 @@ from fastpt.objectives._preference_losses import LOSSES, REFERENCE_FREE, Options
 from fastpt.objectives._reference import answers_logprobs, keep_reference, reference_logprobs
 from fastpt.objectives.base import Objective, Prepare, Scorer
 
+
 class DPO(Objective):
     """Rows have `prompt`, `chosen` and `rejected`. The reference is the model as it was before training.
 

@@ -46,10 +46,14 @@ class KTO(Objective):
     desirable_weight: float = Field(1.0, ge=0, description="what a desirable answer counts for")
     undesirable_weight: float = Field(1.0, ge=0, description="what an undesirable answer counts for")
     _micro_tokens: int = PrivateAttr(2048)
+    _positions: int | None = PrivateAttr(None)  # most that the model has
 
     @property
     def needs_divergence(self) -> bool:
         return self.loss_type == "kto"
+
+    def attach(self, model: Any, device: Any, dtype: Any) -> None:
+        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def bind(self, tokenizer: Any, rows: Any, columns: dict[str, str] | None) -> Prepare:
         return lambda row, place: judged_examples(tokenizer, row, place, columns)
@@ -60,7 +64,7 @@ class KTO(Objective):
         keep_reference(model, data, micro_tokens, say)
         if not self.needs_divergence:
             return
-        others = mismatched(data)
+        others = mismatched(data, self._positions)
         data.set_field(OTHER, [other.input_ids for other in others])
         data.set_field(SIZES, [np.array([other.prefix + 1, len(other.input_ids)]) for other in others])
         if not model.has_reference:
@@ -89,12 +93,9 @@ class KTO(Objective):
             model, [other.tokens for other in others], others.__getitem__, self._micro_tokens, log_ratios
         )
         divergence = np.maximum(np.concatenate(ratios).mean(keepdims=True), 0)
-        kept = {"desirable", REFERENCE}
+        fields = [{k: v for k, v in one.fields.items() if k in ("desirable", REFERENCE)} for one in examples]
         return [
-            [
-                replace(one, fields={k: v for k, v in one.fields.items() if k in kept} | {DIVERGENCE: divergence})
-                for one in examples
-            ]
+            [replace(one, fields=own | {DIVERGENCE: divergence}) for one, own in zip(examples, fields, strict=True)]
         ]
 
     def loss(self, model: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -142,39 +143,43 @@ def log_ratios(model: Scorer, batch: Batch) -> Tensor:
     return answers_logprobs(model, batch) - reference_logprobs(model, batch)
 
 
-def mismatched(data: Tokenised) -> list[Example]:
-    """The prompt of each example with the answer of one before it that has another prompt, no longer than the longest example."""
+def mismatched(data: Tokenised, most: int | None) -> list[Example]:
+    """The prompt of each example with the answer of one before it that has another prompt, cut to at most that many tokens."""
     examples = [data.example(i) for i in range(len(data))]
     prompts = [example.input_ids[: example.prefix + 1] for example in examples]
     is_new = [i == 0 or not np.array_equal(prompts[i], prompts[i - 1]) for i in range(len(examples))]
     starts = np.flatnonzero(is_new)  # of runs of equal prompts, such as the two answers of a pair
     sizes = np.diff([*starts, len(examples)])
-    longest = max(example.longest for example in examples)
     found = []
     for i, run in enumerate(np.cumsum(is_new) - 1):
         at = starts[run - 1] + (i - starts[run]) % sizes[run - 1] if len(starts) > 1 else i - 1
         answer = examples[at].input_ids[examples[at].prefix + 1 :]
-        ids = np.concatenate([prompts[i], answer])[:longest]
+        ids = np.concatenate([prompts[i], answer])[:most]
         found.append(_other(ids, len(prompts[i]), examples[i].place))
     return found
 
 
 def others_of(fields: Mapping[str, np.ndarray | Tensor]) -> list[Example]:
     """What `mismatched` gave to an example, or to the examples of a batch, as examples again."""
-    arrays = {name: np.asarray(fields[name].cpu() if isinstance(fields[name], Tensor) else fields[name]) for name in (OTHER, SIZES)}
-    sizes = arrays[SIZES].reshape(-1, 2)
-    parts = np.split(arrays[OTHER], np.cumsum(sizes[:, 1])[:-1])
+    given = {name: np.asarray(value.cpu()) if isinstance(value, Tensor) else value for name, value in fields.items()}
+    sizes = given[SIZES].reshape(-1, 2)
+    parts = np.split(given[OTHER], np.cumsum(sizes[:, 1])[:-1])
     found = [_other(ids, int(prompt), "") for ids, (prompt, _) in zip(parts, sizes, strict=True)]
-    if OTHER_REFERENCE in fields:
-        references = fields[OTHER_REFERENCE]
-        references = references.cpu().numpy() if isinstance(references, Tensor) else references
-        found = [replace(one, fields={REFERENCE: references[i : i + 1]}) for i, one in enumerate(found)]
-    return found
+    if OTHER_REFERENCE not in given:
+        return found
+    references = np.split(given[OTHER_REFERENCE], len(found))
+    return [replace(one, fields={REFERENCE: value}) for one, value in zip(found, references, strict=True)]
 
 
 def _other(ids: np.ndarray, prompt: int, place: str) -> Example:
     return Example(
-        ids, np.arange(len(ids)) >= prompt, None, place, prefix=prompt - 1, documents=(len(ids) - prompt + 1,), count=1.0
+        ids,
+        np.arange(len(ids)) >= prompt,
+        None,
+        place,
+        prefix=prompt - 1,
+        documents=(len(ids) - prompt + 1,),
+        count=1.0,
     )
 
 

@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_trls(tmp_path, has_margins):
     loss, measures = make_objective({"name": "reward", "centering": 0.1}).loss(scorer, batch)
     (loss / batch.count).backward()
     torch.testing.assert_close(loss / batch.count, expected, rtol=1e-5, atol=1e-6)
-    logged = trainer._metrics["train"]
+    logged = trainer._metrics["eval"]
     for name in ("accuracy", "margin"):
         assert float(measures[name] / batch.count) == pytest.approx(logged[name][-1], rel=1e-5)
     size = max(float(g.abs().max()) for g in gradients.values())
@@ -102,7 +102,9 @@ def test_loss_by_hand():
 
 def test_packing_accumulation_and_order_change_nothing():
     check_invariance(
-        make_objective({"name": "reward", "centering": 0.01}), ModelScorer(model()), examples_of(with_margins(pair_rows()))
+        make_objective({"name": "reward", "centering": 0.01}),
+        ModelScorer(model()),
+        examples_of(with_margins(pair_rows())),
     )
 
 
@@ -120,7 +122,9 @@ def test_a_run_learns_to_rank_and_serves_as_a_reward(tmp_path, method):
     assert run.metrics["eval_margin"] > 1
     assert run.metrics["eval_loss"] < run.history[0]["loss"]
     reward = load_reward_model(str(run.path / "model"), torch.device("cpu"), torch.float32)
-    sides = [reward.function([row["prompt"] for row in rows], [row[side] for row in rows]) for side in ("chosen", "rejected")]
+    sides = [
+        reward.function([row["prompt"] for row in rows], [row[side] for row in rows]) for side in ("chosen", "rejected")
+    ]
     chosen, rejected = (sum(side) / len(side) for side in sides)
     assert chosen == pytest.approx(run.metrics["eval_reward_chosen"], rel=1e-4)
     assert rejected == pytest.approx(run.metrics["eval_reward_rejected"], rel=1e-4)
