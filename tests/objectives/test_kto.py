@@ -146,6 +146,15 @@ def test_the_divergence_is_that_of_the_step_in_any_order():
     assert objective.collect(scorer, examples[:2], 0)[0][0].fields["divergence"] != pytest.approx(found[0], rel=1e-3)
 
 
+def test_a_reference_computed_once_is_the_reference():
+    objective, data, both = make_objective("kto"), tokenised(judged_rows()), two_models()
+    expected = ready(objective, both, tokenised(judged_rows()))[0].fields["divergence"]
+    objective.enrich(both.other, data, 2048, lambda _: None)  # before training, the model is the reference
+    examples = objective.collect(ModelScorer(both.model), [data.example(i) for i in range(len(data))], 0)[0]
+    assert expected > 0
+    assert examples[0].fields["divergence"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_pairs_are_two_rows_whose_divergence_takes_answers_of_other_prompts():
     rows = [
         {"prompt": "red", "chosen": "tea", "rejected": "salt"},
@@ -248,7 +257,12 @@ def test_a_stream_is_told(tmp_path):
     assert run.history[0]["loss"] == pytest.approx(0.5, abs=1e-5)
 
 
-def test_uneven_data_is_told():
+@pytest.mark.parametrize(
+    ("weights", "hint"),
+    [({}, ": undesirable_weight=2 makes both count alike"), ({"undesirable_weight": 2.0}, "")],
+)
+def test_uneven_data_is_told(weights, hint):
     said = []
-    make_objective("kto").enrich(ModelScorer(tiny_model("llama")), tokenised(judged_rows()), 2048, said.append)
-    assert said[0] == "4 desirable and 2 undesirable answers: undesirable_weight=2 makes both count alike"
+    objective = make_objective({"name": "kto", **weights})
+    objective.enrich(ModelScorer(tiny_model("llama")), tokenised(judged_rows()), 2048, said.append)
+    assert said[0] == f"4 desirable and 2 undesirable answers{hint}"
