@@ -130,7 +130,7 @@ def judged_examples(tokenizer: Any, row: Row, place: str, columns: Mapping[str, 
     """
     row_format = RowFormat("judged", ("prompt", "completion", "label"), _read_judged, columns or {})  # type: ignore[arg-type]
     names = row_format.renamed(row)
-    if {"chosen", "rejected"} <= names.keys() and "completion" not in names:
+    if {"chosen", "rejected"} & names.keys() and "completion" not in names:
         row_format = pair_format(columns)
     found: Any = row_format.convert(row, place)
     judged = [Judged(found.chosen, True), Judged(found.rejected, False)] if isinstance(found, Pair) else [found]

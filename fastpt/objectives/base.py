@@ -68,9 +68,7 @@ class Objective(Node):
     task: ClassVar[str] = "causal"  # the kind of head: causal, sequence, token, seq2seq (models.HEADS)
     needs_chat_template: ClassVar[bool] = True
     splits_long_rows: ClassVar[bool] = False  # rows over max_length become several examples, whatever data.too_long
-    online: ClassVar[bool] = (
-        False  # `collect` makes the examples of each step: answers to prompts, or rows with what the model says
-    )
+    online: ClassVar[bool] = False  # `collect` makes the examples of each step, as of answers to prompts
 
     name: str
 

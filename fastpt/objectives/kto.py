@@ -15,7 +15,7 @@ from fastpt.data.batches import Batch
 from fastpt.data.example import Example
 from fastpt.data.pairs import judged_examples
 from fastpt.data.tokenised import Tokenised
-from fastpt.errors import ConfigError
+from fastpt.errors import ConfigError, DataError
 from fastpt.objectives._preference_losses import unpaired
 from fastpt.objectives._reference import (
     REFERENCE,
@@ -46,11 +46,16 @@ class KTO(Objective):
     desirable_weight: float = Field(1.0, ge=0, description="what a desirable answer counts for")
     undesirable_weight: float = Field(1.0, ge=0, description="what an undesirable answer counts for")
     _micro_tokens: int = PrivateAttr(2048)
+    _is_told: bool = PrivateAttr(False)
     _positions: int | None = PrivateAttr(None)  # most that the model has
 
     @property
     def needs_divergence(self) -> bool:
         return self.loss_type == "kto"
+
+    def survey(self, rows: Any, eval_rows: Any, columns: dict[str, str] | None) -> dict[str, Any]:
+        self._is_told = False
+        return {}
 
     def attach(self, model: Any, device: Any, dtype: Any) -> None:
         self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -60,7 +65,9 @@ class KTO(Objective):
 
     def enrich(self, model: Scorer, data: Tokenised, micro_tokens: int, say: Callable[[str], None]) -> None:
         self._micro_tokens = micro_tokens
-        say(self._balance(np.concatenate([data.example(i).fields["desirable"] for i in range(len(data))])))
+        if not self._is_told:  # of the rows that are trained, which come first
+            say(self._balance(np.concatenate([data.example(i).fields["desirable"] for i in range(len(data))])))
+        self._is_told = True
         keep_reference(model, data, micro_tokens, say)
         if not self.needs_divergence:
             return
@@ -74,9 +81,16 @@ class KTO(Objective):
     def _balance(self, desirable: np.ndarray) -> str:
         good, bad = int(desirable.sum()), int((~desirable).sum())
         told = f"{good} desirable and {bad} undesirable answers"
-        if not good or not bad or 0.75 <= good * self.desirable_weight / (bad * self.undesirable_weight) <= 1.34:
+        if not good or not bad:
+            kind, other = ("desirable", "false") if good else ("undesirable", "true")
+            raise DataError(
+                f"all {good + bad} answers are {kind}: kto learns from what sets the two kinds apart, so add rows with label "
+                f"{other}" + (', or train on these with objective "sft"' if good else "")
+            )
+        counted, against = good * self.desirable_weight, bad * self.undesirable_weight
+        if not counted or not against or 0.75 <= counted / against <= 1.34:
             return told
-        side, weight = ("undesirable", good / bad) if good > bad else ("desirable", bad / good)
+        side, weight = ("undesirable", counted / bad) if counted > against else ("desirable", against / good)
         return f"{told}: {side}_weight={weight:.3g} makes both count alike"
 
     def collect(self, model: Scorer, examples: list[Example], step: int) -> list[list[Example]]:

@@ -200,6 +200,7 @@ GOOD = {"prompt": "red", "completion": "tea", "label": True}
     [
         ({"label": ...}, r"has no column 'label'.*mend or delete"),
         ({"completion": ...}, r"has no column 'completion'"),
+        ({"completion": ..., "chosen": "tea"}, r"has no column 'rejected'"),
         ({"label": "maybe"}, r"str 'maybe' as 'label', where true"),
         ({"label": 2}, r"int 2 as 'label'"),
         ({"label": None}, r"None as 'label'"),
@@ -259,10 +260,30 @@ def test_a_stream_is_told(tmp_path):
 
 @pytest.mark.parametrize(
     ("weights", "hint"),
-    [({}, ": undesirable_weight=2 makes both count alike"), ({"undesirable_weight": 2.0}, "")],
+    [
+        ({}, ": undesirable_weight=2 makes both count alike"),
+        ({"undesirable_weight": 2.0}, ""),
+        ({"undesirable_weight": 6.0}, ": desirable_weight=3 makes both count alike"),
+        ({"undesirable_weight": 0.0}, ""),
+    ],
 )
 def test_uneven_data_is_told(weights, hint):
     said = []
     objective = make_objective({"name": "kto", **weights})
     objective.enrich(ModelScorer(tiny_model("llama")), tokenised(judged_rows()), 2048, said.append)
     assert said[0] == f"4 desirable and 2 undesirable answers{hint}"
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (True, r'all 6 answers are desirable: .* add rows with label false, or train on these with objective "sft"'),
+        (False, r"all 6 answers are undesirable: .* add rows with label true$"),
+    ],
+)
+def test_answers_of_one_kind_are_told(tmp_path, label, said):
+    rows = [row | {"label": label} for row in judged_rows()]
+    with pytest.raises(DataError, match=said):
+        fastpt.train(**run_settings(tmp_path, objective="kto", data=rows))
+    settings = run_settings(tmp_path, objective="kto", data=judged_rows(), eval_data=rows, max_steps=1)
+    assert math.isfinite(fastpt.train(**settings).metrics["eval_loss"])  # they can be judged
