@@ -44,10 +44,10 @@ def keep_reference(model: Scorer, data: Tokenised, micro_tokens: int, say: Calla
     """Give each example its answers' log-probabilities under the model as it is, unless an adapter can be switched off."""
     if not model.has_reference:
         say(f"log-probabilities of {len(data)} rows under the reference, once")
-        data.set_field(REFERENCE, documents_logprobs(model, data.lengths, data.example, micro_tokens))
+        data.set_field(REFERENCE, documents_values(model, data.lengths, data.example, micro_tokens))
 
 
-def documents_logprobs(
+def documents_values(
     model: Scorer,
     lengths: Sequence[int] | np.ndarray,
     example: Callable[[int], Example],

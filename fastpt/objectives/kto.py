@@ -20,7 +20,7 @@ from fastpt.objectives._preference_losses import unpaired
 from fastpt.objectives._reference import (
     REFERENCE,
     answers_logprobs,
-    documents_logprobs,
+    documents_values,
     keep_reference,
     reference_logprobs,
 )
@@ -76,7 +76,7 @@ class KTO(Objective):
         data.set_field(SIZES, [np.array([other.prefix + 1, len(other.input_ids)]) for other in others])
         if not model.has_reference:
             lengths = [other.tokens for other in others]
-            data.set_field(OTHER_REFERENCE, documents_logprobs(model, lengths, others.__getitem__, micro_tokens))
+            data.set_field(OTHER_REFERENCE, documents_values(model, lengths, others.__getitem__, micro_tokens))
 
     def _balance(self, desirable: np.ndarray) -> str:
         good, bad = int(desirable.sum()), int((~desirable).sum())
@@ -103,7 +103,7 @@ class KTO(Objective):
                 'data.streaming out, or use loss_type "apo_zero_unpaired"'
             )
         others = [other for example in examples for other in others_of(example.fields)]
-        ratios = documents_logprobs(
+        ratios = documents_values(
             model, [other.tokens for other in others], others.__getitem__, self._micro_tokens, log_ratios
         )
         divergence = np.maximum(np.concatenate(ratios).mean(keepdims=True), 0)
@@ -133,7 +133,7 @@ class KTO(Objective):
         if self.needs_divergence:
             others = others_of(batch.fields)
             lengths = [other.tokens for other in others]
-            ratios = documents_logprobs(model, lengths, others.__getitem__, self._micro_tokens, log_ratios)
+            ratios = documents_values(model, lengths, others.__getitem__, self._micro_tokens, log_ratios)
             found["other"] = np.concatenate(ratios).tolist()
         return found
 

@@ -11,6 +11,7 @@ from fastpt.data.batches import Batch
 from fastpt.data.example import Example
 from fastpt.data.pairs import pair_format, ranked_example
 from fastpt.objectives._preference_losses import bradley_terry
+from fastpt.objectives._rewards import documents_rewards
 from fastpt.objectives.base import Objective, Prepare, Scorer
 
 
@@ -37,7 +38,7 @@ class RewardModel(Objective):
         return prepare
 
     def loss(self, model: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = model.class_logits(model.hidden(batch), batch)[:, 0].view(-1, 2).unbind(1)
+        chosen, rejected = documents_rewards(model, batch).view(-1, 2).unbind(1)
         losses = bradley_terry(chosen, rejected, batch.fields["margin"], self.centering)
         chosen, rejected = chosen.detach(), rejected.detach()
         return losses.sum(), {
