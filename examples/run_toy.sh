@@ -16,6 +16,8 @@ toy examples/pretrain_on_docs.py --model "$scratch/model" --steps 2 --output "$s
 toy examples/own_objective.py --model "$scratch/model" --steps 2 --output "$scratch/own"
 toy examples/drop_in_trl.py --model "$scratch/model" --steps 2 --output "$scratch/trl"
 for word in red green blue one two; do echo "{\"prompt\": \"$word cat\", \"chosen\": \"$word\", \"rejected\": \"dog\"}"; done > "$scratch/pairs.jsonl"
-toy examples/dpo_llmbar.py --model "$scratch/model" --data "$scratch/pairs.jsonl" --output "$scratch/dpo"
+for objective in dpo kto reward; do
+    toy examples/preferences.py --objective $objective --model "$scratch/model" --data "$scratch/pairs.jsonl" --output "$scratch/$objective"
+done
 toy -m fastpt merge "$scratch/toml" "$scratch/merged"
 echo "all examples ran"

@@ -76,6 +76,14 @@ def render_conversation(tokenizer: Any, conversation: Conversation, place: str) 
     return [_example(document, *tokens, place) for document, tokens in zip(documents, encoded, strict=True)]
 
 
+def conversation_text(tokenizer: Any, conversation: Conversation, place: str) -> str:
+    """The whole conversation as the chat template renders it: what a reward model reads.
+
+    Raises: DataError when the template refuses it.
+    """
+    return _render(tokenizer, conversation, len(conversation.messages), False, place)
+
+
 def _turn(tokenizer: Any, conversation: Conversation, index: int, place: str) -> _Turn:
     message = conversation.messages[index]
     full = _render(tokenizer, conversation, index + 1, False, place)

@@ -1,4 +1,4 @@
-"""Losses of preference pairs: functions of summed log-probabilities, float32 [N], a loss for each pair.
+"""Losses of preferences: functions of summed log-probabilities (or rewards), float32 [N], a loss for each row.
 
 Notation: w the preferred answer, l the other; ratio = log p(y | x) - log p_ref(y | x); delta = ratio_w - ratio_l.
 """
@@ -157,3 +157,19 @@ LOSSES = {
         sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop
     )
 } | REFERENCE_FREE  # fmt: skip
+
+
+def unpaired(ratio: Tensor, desirable: Tensor, baseline: Tensor, beta: float) -> Tensor:
+    """KTO (Ethayarajh et al. 2024, 2402.01306) of single answers: log-ratios [N], desirable bool [N], baseline [N] or [].
+
+    The baseline is the divergence from the reference, estimated on answers to other prompts; with 0 this is APO-zero.
+    """
+    return 1 - torch.sigmoid(beta * torch.where(desirable, 1.0, -1.0) * (ratio - baseline))
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor, centering: float = 0.0) -> Tensor:
+    """Rewards [N] of pairs: how unlikely the preference is under them, given a margin [N] that it should have.
+
+    Margins are Llama 2's (2307.09288); `centering` pulls the sum of both rewards to 0 (Eisenstein et al. 2023, 2312.09244).
+    """
+    return -logsigmoid(chosen - rejected - margin) + centering * (chosen + rejected) ** 2

@@ -8,6 +8,7 @@ them where it takes **columns.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -15,13 +16,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from fastpt import models
+from fastpt.data.batches import Batch
+from fastpt.data.example import Example
 from fastpt.data.files import Row
+from fastpt.data.formats import Conversation
+from fastpt.data.render import _encode, conversation_text, ensure_chat_template
 from fastpt.errors import ConfigError, ModelError, TrainingError
+from fastpt.fusion import fuse
+from fastpt.objectives._reference import documents_values
+from fastpt.objectives.base import Scorer
+from fastpt.scorer import ModelScorer
 
 GIVEN = ("prompts", "completions", "completion_ids")  # besides the columns
-SCORED_ROWS = 16  # that a reward model reads at a time
+SCORED_TOKENS = 4096  # that a reward model reads at a time
 
 
 class Reward:
@@ -139,44 +151,56 @@ def as_reward(spec: Any) -> Reward | str:
 
 
 def load_reward_model(spec: str, device: torch.device, dtype: torch.dtype) -> Reward:
-    """A sequence-classification model with one output as a reward: its logit for the whole conversation.
+    """A sequence-classification model with one output as a reward: its logit for the whole conversation, read as in training.
 
-    Raises: ModelError, ConfigError when it cannot be loaded or has more outputs.
+    Raises: ModelError when it cannot be loaded, is no such model, or has more outputs.
     """
-    from fastpt import models
-    from fastpt.data.render import ensure_chat_template
-
-    config = models.load_config(spec)
-    kinds = getattr(config, "architectures", None) or [type(config).__name__]
-    is_adapter = isinstance(place := models.resolve(spec), Path) and (place / "adapter_config.json").is_file()
-    if not is_adapter and not kinds[0].endswith("ForSequenceClassification"):
-        raise ModelError(f'{spec} is no reward model but a {kinds[0]}: train one with objective "reward"')
+    _check_kind(spec)
     loaded = models.load(spec, dtype=dtype, device=device, task="sequence", settings={"num_labels": 1})
     model, tokenizer = loaded.model.eval().requires_grad_(False), loaded.tokenizer
     ensure_chat_template(tokenizer)
+    fuse(model)
+    scorer = ModelScorer(model)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
-    @torch.no_grad()
     def reward_model(prompts: list[Any], completions: list[Any]) -> list[float]:
-        texts = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-            texts.append(tokenizer.apply_chat_template(before + after, tokenize=False))
-        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        scores = [0.0] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), SCORED_ROWS):
-            chosen = order[start : start + SCORED_ROWS]
-            longest = len(rows[chosen[-1]])
-            padded = [rows[i] + [tokenizer.pad_token_id] * (longest - len(rows[i])) for i in chosen]
-            mask = [[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in chosen]
-            logits = model(
-                input_ids=torch.tensor(padded, device=device), attention_mask=torch.tensor(mask, device=device)
-            ).logits
-            for i, score in zip(chosen, logits[:, 0].float().tolist(), strict=True):
-                scores[i] = score
-        return scores
+        texts = [_conversation_text(tokenizer, *both) for both in zip(prompts, completions, strict=True)]
+        examples = [
+            Example(ids, np.zeros(len(ids), bool), None, "", count=1.0).truncated(limit - scorer.first_position)
+            for ids, _ in _encode(tokenizer, texts, add_special_tokens=False)
+        ]
+        lengths = [example.tokens for example in examples]
+        return np.concatenate(
+            documents_values(scorer, lengths, examples.__getitem__, SCORED_TOKENS, documents_rewards)
+        ).tolist()
 
     reward = Reward(reward_model, spec)
     reward.name = Path(spec).name
     return reward
+
+
+def documents_rewards(model: Scorer, batch: Batch) -> Tensor:
+    """[D] float32: what a reward model says of each conversation."""
+    return model.class_logits(model.hidden(batch), batch)[:, 0]
+
+
+def _check_kind(spec: str) -> None:
+    """Raises: ModelError for anything but a classifier of one output, or an adapter that makes one."""
+    place, config = models.resolve(spec), models.load_config(spec)
+    remedy = 'train one with objective "reward"'
+    if isinstance(place, Path) and (place / "adapter_config.json").is_file():
+        task = json.loads((place / "adapter_config.json").read_text()).get("task_type")
+        if task != "SEQ_CLS":
+            raise ModelError(f"{spec} is no reward model but an adapter for {task or 'another task'}: {remedy}")
+        return
+    kind = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    if not kind.endswith("ForSequenceClassification"):
+        raise ModelError(f"{spec} is no reward model but a {kind}: {remedy}")
+    if config.num_labels != 1:
+        raise ModelError(f"{spec} is no reward model but tells {config.num_labels} classes apart: {remedy}")
+
+
+def _conversation_text(tokenizer: Any, prompt: Any, completion: Any) -> str:
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    after = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    return conversation_text(tokenizer, Conversation(before + after), "an answer to it")

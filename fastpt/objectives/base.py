@@ -68,7 +68,7 @@ class Objective(Node):
     task: ClassVar[str] = "causal"  # the kind of head: causal, sequence, token, seq2seq (models.HEADS)
     needs_chat_template: ClassVar[bool] = True
     splits_long_rows: ClassVar[bool] = False  # rows over max_length become several examples, whatever data.too_long
-    online: ClassVar[bool] = False  # rows are prompts; `collect` makes the examples that are trained
+    online: ClassVar[bool] = False  # `collect` makes the examples of each step, as of answers to prompts
 
     name: str
 
@@ -87,7 +87,7 @@ class Objective(Node):
         """Add to each example what has to be known before training, such as log-probabilities under the reference."""
 
     def collect(self, model: Scorer, examples: list[Example], step: int) -> list[list[Example]]:
-        """Of an online objective: the examples of one or several optimizer steps, from the prompts of one rollout."""
+        """Of an online objective: the examples of one or several optimizer steps, from the prompts (or rows) of one."""
         raise NotImplementedError
 
     @property

@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from fastpt.data.batches import Batch, collate
+from fastpt.data.batches import Batch
 from fastpt.data.example import Example
-from fastpt.data.feed import packs
 from fastpt.data.pairs import pair_example, pair_format
 from fastpt.data.tokenised import Tokenised
-from fastpt.errors import ConfigError
 from fastpt.objectives._preference_losses import LOSSES, REFERENCE_FREE, Options, Pairs
+from fastpt.objectives._reference import answers_logprobs, keep_reference, reference_logprobs
 from fastpt.objectives.base import Objective, Prepare, Scorer
-
-REFERENCE = "reference"  # the field of log-probabilities under the reference, one for each answer
 
 
 class DPO(Objective):
@@ -66,17 +62,8 @@ class DPO(Objective):
         return prepare
 
     def enrich(self, model: Scorer, data: Tokenised, micro_tokens: int, say: Callable[[str], None]) -> None:
-        if not self.needs_reference or model.has_reference:
-            return
-        say(f"log-probabilities of {len(data)} pairs under the reference, once")
-        found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(data)
-        with model.frozen():
-            for pack in packs(data, micro_tokens):
-                batch = collate([data.example(i) for i in pack]).to(model.device)
-                pairs = answers_logprobs(model, batch).view(-1, 2).cpu().numpy()
-                for i, pair in zip(pack, pairs, strict=True):
-                    found[i] = pair
-        data.set_field(REFERENCE, found)
+        if self.needs_reference:
+            keep_reference(model, data, micro_tokens, say)
 
     def loss(self, model: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         pairs = self._pairs(model, batch)
@@ -91,18 +78,7 @@ class DPO(Objective):
 
     def _pairs(self, model: Scorer, batch: Batch) -> Pairs:
         logprobs = answers_logprobs(model, batch)
-        if REFERENCE in batch.fields:
-            reference = batch.fields[REFERENCE]
-        elif self.needs_reference:
-            if not model.has_reference:
-                raise ConfigError(
-                    "the reference of these losses is the model before training: train a fresh adapter on it, or do not "
-                    "stream the data, so that its log-probabilities can be computed first"
-                )
-            with model.reference():
-                reference = answers_logprobs(model, batch)
-        else:
-            reference = torch.zeros_like(logprobs)
+        reference = reference_logprobs(model, batch) if self.needs_reference else torch.zeros_like(logprobs)
         columns = (logprobs, reference, batch.kept_lengths.to(logprobs.dtype))
         (w, l), (ref_w, ref_l), (tokens_w, tokens_l) = (x.view(-1, 2).unbind(1) for x in columns)  # noqa: E741
         return Pairs(w, l, ref_w, ref_l, tokens_w, tokens_l)
@@ -119,8 +95,3 @@ class DPO(Objective):
             "logprob_chosen": pairs.chosen.detach().sum(),
             "logprob_rejected": pairs.rejected.detach().sum(),
         }
-
-
-def answers_logprobs(model: Scorer, batch: Batch) -> Tensor:
-    """Log-probability of each document's trained tokens, summed; float32 [D]."""
-    return batch.per_document(model.stats(model.hidden(batch), batch).logprob[batch.kept])

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import fastpt
-from fastpt.errors import ConfigError, DataError, TrainingError
-from fastpt.objectives import make_objective
-from tests.objectives.online import ROWS, letters, prepared, rolled_out, settings
+from fastpt.errors import ConfigError, DataError, ModelError, TrainingError
+from fastpt.objectives import _rewards, make_objective
+from fastpt.scorer import ModelScorer
+from tests.objectives.online import KINDS, ROWS, letters, prepared, rolled_out, settings
+from tests.runs import run_settings
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -119,19 +122,64 @@ def test_a_reward_is_known_again_by_its_name():
     assert "0x" not in repr(by_name)
 
 
-def test_a_reward_model_is_a_reward(tmp_path):
-    model = tiny_model("llama", cls="LlamaForSequenceClassification", num_labels=1)
-    model.save_pretrained(tmp_path / "rm")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "rm")
-    trainer = prepared(tmp_path, objective={"rewards": [str(tmp_path / "rm"), letters], "group_size": 4})
-    scores = trainer.objective._functions[0](["say cat", "say"], ["dog and bird", "x"], [[], []], [{}, {}], ["a", "b"])
-    for prompt, answer, score in zip(["say cat", "say"], ["dog and bird", "x"], scores.tolist(), strict=True):
-        talk = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+PROMPTS = ["say cat", [{"role": "user", "content": "say"}], "say one two three"]
+ANSWERS = ["dog and bird", [{"role": "assistant", "content": "x"}], ""]
+
+
+def reward_model(folder, **config):
+    model = tiny_model("llama", cls="LlamaForSequenceClassification", **{"num_labels": 1, **config})
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reward_model_is_a_reward(tmp_path, kind):
+    model, tokenizer = reward_model(tmp_path / "rm"), tiny_tokenizer()
+    rewards = [str(tmp_path / "rm"), letters]
+    trainer = prepared(tmp_path, kind, {"rewards": rewards, "group_size": 4})
+    scores = trainer.objective._functions[0].function(PROMPTS, ANSWERS)
+    for prompt, answer, score in zip(PROMPTS, ANSWERS, scores, strict=True):
+        talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        talk = [*talk, *([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)]
         ids = tokenizer.apply_chat_template(talk, return_tensors="pt", return_dict=True)["input_ids"]
         assert score == pytest.approx(model(ids).logits.item(), abs=1e-5)
-    assert rolled_out(trainer)
+    first, *_ = rolled_out(trainer)
+    told = dict(zip(trainer.objective._names(), first[0].fields["rollout"].reshape(-1, 2), strict=True))
+    assert told["reward/rm"][0] != 0
+    assert told["reward"][0] == pytest.approx(told["reward/rm"][0] + told["reward/letters"][0], rel=1e-5)
+
+
+def test_a_reward_model_reads_packed_conversations(tmp_path, monkeypatch):
+    """Without padding, in any number of pieces; what is longer than its positions is cut."""
+    reward_model(tmp_path / "rm", max_position_embeddings=20)
+    rewards, sizes = {}, []
+
+    def hidden(self, batch):
+        sizes.append(batch.cu_seqlens.diff().tolist())
+        assert batch.input_ids.shape == (1, sum(sizes[-1]))
+        return read(self, batch)
+
+    read = ModelScorer.hidden
+    monkeypatch.setattr(ModelScorer, "hidden", hidden)
+    for most in (4096, 1):
+        monkeypatch.setattr(_rewards, "SCORED_TOKENS", most)
+        reward = _rewards.load_reward_model(str(tmp_path / "rm"), torch.device("cpu"), torch.float32)
+        rewards[most] = reward.function([*PROMPTS, "red " * 30], [*ANSWERS, "x"])
+    assert [len(one) for one in sizes] == [4, 1, 1, 1, 1]
+    assert max(sizes[0]) == 20
+    assert rewards[1] == pytest.approx(rewards[4096], abs=1e-5)
+
+
+def test_what_is_no_reward_model_is_told(tmp_path):
+    reward_model(tmp_path / "classes", num_labels=3)
     tiny_model("llama").save_pretrained(tmp_path / "lm")
-    tokenizer.save_pretrained(tmp_path / "lm")
-    with pytest.raises(fastpt.errors.ModelError, match="is no reward model"):
-        prepared(tmp_path, objective={"rewards": str(tmp_path / "lm")})
+    tiny_tokenizer().save_pretrained(tmp_path / "lm")
+    fastpt.train(**run_settings(tmp_path, model=str(tmp_path / "lm"), max_steps=1))
+    for folder, said in (
+        ("lm", "but a LlamaForCausalLM"),
+        ("classes", "but tells 3 classes apart"),
+        ("run", "but an adapter for CAUSAL_LM"),
+    ):
+        with pytest.raises(ModelError, match=rf'{folder} is no reward model {said}: train one with objective "reward"'):
+            prepared(tmp_path / "policy", objective={"rewards": str(tmp_path / folder)})
