@@ -7,7 +7,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,19 +64,22 @@ def apply_method(model: nn.Module, method: MethodConfig, task: str = "causal") -
         return _with_adapter(model, method, task)
     if is_quantised(model):
         raise ConfigError(f'the model has 4-bit weights, which method {method.name!r} cannot train; use "qlora"')
-    for parameter in model.parameters():
-        parameter.requires_grad_(method.name == "full")
-    if method.name == "freeze":
-        patterns = [re.compile(pattern) for pattern in method.train]
-        names = [name for name, _ in model.named_parameters()]
-        for pattern in patterns:
-            if not any(pattern.search(name) for name in names):
-                raise ConfigError(
-                    f"method.train: {pattern.pattern!r} matches no parameter; there are, for example, {', '.join(names[:3])}"
-                )
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(pattern.search(name) for pattern in patterns))
+    is_full = method.name == "full"
+    named = _matcher(model, "frozen", method.frozen) if is_full else _matcher(model, "train", method.train)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(named(name) != is_full)
     return model
+
+
+def _matcher(model: nn.Module, setting: str, patterns: list[str]) -> Callable[[str], bool]:
+    """Whether one of the regexes is found in a parameter's name. Raises: ConfigError for one that is found in none."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise ConfigError(
+                f"method.{setting}: {pattern!r} matches no parameter; there are, for example, {', '.join(names[:3])}"
+            )
+    return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
 def _with_adapter(model: nn.Module, method: MethodConfig, task: str) -> nn.Module:

@@ -119,10 +119,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-def prune(folder: Path, keep: int, best: str | None) -> None:
-    """Delete all but the `keep` latest checkpoints and the one named `best`."""
+def prune(folder: Path, keep: int, best: dict[str, Any] | None) -> None:
+    """Delete all but the `keep` latest checkpoints and the one of the step of `best`."""
     for path in listed(folder)[:-keep]:
-        if path.name != best:
+        if best is None or path.name != f"step-{best['step']:08d}":
             shutil.rmtree(path)
 
 

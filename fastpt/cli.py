@@ -41,14 +41,14 @@ def plan(
 
 def _settings_of(arguments: list[str]) -> dict:
     """A config file, where the first argument is none of the overrides, and the overrides."""
-    from fastpt import config
+    from fastpt import settings
 
-    settings: dict = {}
+    found: dict = {}
     if "=" not in arguments[0]:
-        settings = config.read_file(arguments.pop(0))
-    for key, value in map(config.parse_override, arguments):
-        settings = config.merge(settings, {key: value})
-    return settings
+        found = settings.read_file(arguments.pop(0))
+    for key, value in map(settings.parse_override, arguments):
+        found = settings.merge(found, {key: value})
+    return found
 
 
 @app.command()

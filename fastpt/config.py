@@ -6,7 +6,6 @@ import difflib
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +13,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from fastpt.errors import ConfigError
+from fastpt.settings import nested
 
 
 class Node(BaseModel):
@@ -89,6 +89,9 @@ class MethodConfig(Node):
     lora_plus: float | None = Field(None, gt=0, description="learning rate of B over that of A (LoRA+, e.g. 16)")
     modules_to_save: list[str] | None = Field(None, description="modules trained in full and saved with the adapter")
     peft: dict[str, Any] = Field(default_factory=dict, description="any other field of peft.LoraConfig")
+    frozen: list[str] = Field(
+        default_factory=list, description='full: regexes of the parameters that stay as they are, e.g. ["embed"]'
+    )
     train: list[str] = Field(
         default_factory=list, description='freeze: regexes of the parameters to train, e.g. ["layers\\\\.29\\\\."]'
     )
@@ -123,6 +126,16 @@ class OptimConfig(Node):
         "master",
         description="bfloat16 weights: the rounded copy of a float32 master, or stochastic (4 bytes each less)",
     )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor of the learning rate from each layer to the one below"
+    )
+    l2_start: float = Field(0.0, ge=0, description="strength of the pull to the weights at the start (L2-SP)")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of an average of the weights, such as 0.999, which is evaluated and delivered",
+    )
     in_backward: bool = Field(
         False, description="update each parameter as its gradient is ready; all gradients never exist at once"
     )
@@ -141,6 +154,12 @@ class OptimConfig(Node):
             raise ValueError(
                 f'"schedule_free" takes no schedule but the warm-up: set optim.schedule="constant", not {self.schedule!r}'
             )
+        if self.in_backward and (self.l2_start or self.ema):
+            raise ValueError(
+                "in_backward has no moment after all gradients, which l2_start and ema need: set one of them"
+            )
+        if self.name == "schedule_free" and self.ema:
+            raise ValueError('"schedule_free" averages the weights itself: leave ema out')
         if self.in_backward and self.name in OPTIMIZERS[2:]:
             raise ValueError('in_backward needs an optimizer that steps one parameter: "adamw" or "adamw_8bit"')
         if self.in_backward and self.clip_norm not in (None, math.inf):
@@ -181,6 +200,7 @@ class Config(Node):
     )
 
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig())
+    neftune: float | None = Field(None, gt=0, description="noise on the embeddings while training (NEFTune), such as 5")
     activations: Literal["keep", "recompute", "offload"] = Field(
         "keep",
         description="what blocks save for backward: kept, computed again, or moved away (GPU: pinned memory, CPU: a file)",
@@ -199,6 +219,10 @@ class Config(Node):
     )
     keep_checkpoints: int = Field(2, ge=1, description="how many of the latest checkpoints to keep, besides the best")
     best_metric: str = Field("eval_loss", description="metric of the best checkpoint; start with + to maximise it")
+    patience: int | None = Field(
+        None, ge=1, description="end after so many evaluations without a better best_metric, and deliver the best"
+    )
+    min_delta: float = Field(0.0, ge=0, description="how much better counts as better, for patience")
     resume: bool | Path = Field(
         False, description="true: from the newest good checkpoint of output; or a checkpoint's path"
     )
@@ -220,6 +244,12 @@ class Config(Node):
             raise ValueError("data.streaming needs max_steps, because the length of a stream is not known")
         if self.method.name == "freeze" and not self.method.train:
             raise ValueError('method "freeze" needs method.train, regexes of the parameters to train')
+        if self.method.frozen and self.method.name != "full":
+            raise ValueError(
+                f'method.frozen is for method "full", which trains all else; {self.method.name!r} trains what it names'
+            )
+        if self.patience is not None and self.eval_data is None:
+            raise ValueError("patience counts evaluations: it needs eval_data")
         return self
 
 
@@ -237,58 +267,9 @@ def build(tree: dict[str, Any]) -> Config:
     Raises: ConfigError naming every wrong key with its place, and the nearest right one.
     """
     try:
-        return Config.model_validate(_nested(tree))
+        return Config.model_validate(nested(tree))
     except ValidationError as error:
         raise ConfigError("; ".join(_sentence(problem) for problem in error.errors())) from None
-
-
-def read_file(path: str | Path) -> dict[str, Any]:
-    """The tree of a .toml, .yaml, .yml or .json file.
-
-    Raises: ConfigError for a missing file, an unknown ending or a syntax error (with its line).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist; give the path of a .toml or .yaml file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".toml":
-            return _toml(text)
-        if path.suffix in (".yaml", ".yml", ".json"):
-            import yaml
-
-            tree = yaml.safe_load(text) or {}
-            if not isinstance(tree, dict):
-                raise ConfigError(f"{path} holds a {type(tree).__name__}, not a table of settings")
-            return tree
-    except (ValueError, OSError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{path} cannot be read: {error}") from None
-        raise
-    raise ConfigError(f"{path}: the ending {path.suffix!r} is not known; use .toml, .yaml or .json")
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """("optim.lr", 1e-4) of "optim.lr=1e-4"; the value is read as TOML, or else as a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"{text!r} is not of the form key=value, e.g. optim.lr=1e-4")
-    try:
-        return key.strip(), _toml(f"value = {value}")["value"]
-    except ValueError:
-        return key.strip(), {"None": None, "none": None, "null": None, "True": True, "False": False}.get(value, value)
-
-
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the (possibly dotted) keys of `over` set; tables are merged, all else is replaced."""
-    result = _nested(base)
-    for key, value in _nested(over).items():
-        _put(result, key, value)
-    return result
 
 
 def to_json(config: Config) -> str:
@@ -300,46 +281,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return f"<{type(value).__module__}.{type(value).__qualname__}>"
-
-
-def _toml(text: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(text)
-
-
-def _string_field(key: str) -> str:
-    return "path" if key in ("data", "eval_data") else "name"
-
-
-def _nested(tree: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys of the top level as nested tables (deeper keys may hold dots of their own: rank_pattern)."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        first, *others = key.split(".")
-        for part in reversed(others):
-            value = {part: value}
-        _put(result, first, value)
-    return result
-
-
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set tree[key]; a table joins the table, or the plain name, that is there already."""
-    if isinstance(value, dict):
-        present = tree.get(key, {})
-        table = (
-            {_string_field(key): present}
-            if isinstance(present, str)
-            else dict(present)
-            if isinstance(present, dict)
-            else {}
-        )
-        for name, item in value.items():
-            _put(table, name, item)
-        value = table
-    tree[key] = value
 
 
 def _sentence(problem: Any) -> str:

@@ -29,6 +29,7 @@ from fastpt.nf4_loading import is_bitsandbytes
 from fastpt.objectives import make_objective
 from fastpt.optim import StepInBackward, make_optimizer
 from fastpt.scorer import ModelScorer
+from fastpt.settings import read_file
 from fastpt.skeleton import skeleton
 from fastpt.tracing import MemoryTrace, NothingComputed
 
@@ -105,8 +106,6 @@ def plan(model: Any = None, **settings: Any) -> Plan:
     Raises: ConfigError when nothing fits, with what comes nearest.
     """
     if isinstance(model, (str, Path)) and Path(model).suffix in (".toml", ".yaml", ".yml", ".json"):
-        from fastpt.config import read_file
-
         settings, model = {**read_file(model), **settings}, None
     if model is not None:
         settings["model"] = model

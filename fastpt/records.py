@@ -1,10 +1,12 @@
-"""history.jsonl: one JSON record per logged step or evaluation, appended as they come."""
+"""history.jsonl: one JSON record per logged step or evaluation, appended as they come; and which evaluation was best."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from fastpt.errors import ConfigError
 
 
 class History(list):
@@ -38,3 +40,44 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
+
+
+class Best:
+    """The best evaluation by a metric (a leading + maximises it), and how many have come since without a better one.
+
+    `found` is {"step", "metric", "value"} or None. The count goes on until an evaluation is better by more than `min_delta`.
+    """
+
+    def __init__(self, metric: str, patience: int | None, min_delta: float):
+        self.metric, self.sign = metric.removeprefix("+"), -1 if metric.startswith("+") else 1
+        self.patience, self.min_delta = patience, min_delta
+        self.found: dict[str, Any] | None = None
+        self.since = 0
+        self.mark: float | None = None  # the signed value to beat
+
+    def update(self, step: int, metrics: dict[str, float]) -> bool:
+        """Whether these metrics are the best so far. Raises: ConfigError when the metric is not among them."""
+        if self.metric not in metrics:
+            raise ConfigError(
+                f"best_metric {self.metric!r} is not among the evaluation's metrics: {', '.join(metrics)}"
+            )
+        value = metrics[self.metric]
+        is_best = self.found is None or self.sign * value < self.sign * self.found["value"]
+        if is_best:
+            self.found = {"step": step, "metric": self.metric, "value": value}
+        if self.mark is None or self.sign * value < self.mark - self.min_delta:
+            self.since, self.mark = 0, self.sign * value
+        else:
+            self.since += 1
+        return is_best
+
+    @property
+    def is_over(self) -> bool:
+        """Whether patience is at its end."""
+        return self.patience is not None and self.since >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        return {"found": self.found, "since": self.since, "mark": self.mark}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.found, self.since, self.mark = state["found"], state["since"], state["mark"]

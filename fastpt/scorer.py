@@ -20,9 +20,10 @@ from fastpt.ops import TokenStats
 class ModelScorer:
     """Implements objectives.base.Scorer for a model, bare or PEFT-wrapped, fused or not."""
 
-    def __init__(self, model: nn.Module, has_reference: bool = False):
+    def __init__(self, model: nn.Module, has_reference: bool = False, neftune: float | None = None):
         self.model = model
         self.has_reference = has_reference  # a fresh adapter, without which the model is what it was
+        self._noise = EmbeddingNoise(model, neftune) if neftune else None
 
     def of(self, model: nn.Module) -> ModelScorer:
         return ModelScorer(model)
@@ -44,6 +45,8 @@ class ModelScorer:
         return any(name.endswith("token_type_embeddings") for name, _ in self.model.named_modules())
 
     def hidden(self, batch: Batch) -> Tensor:
+        if self._noise is not None:
+            self._noise.lengths = batch.cu_seqlens.diff()
         return hidden_states(
             self.model,
             batch.input_ids,
@@ -89,6 +92,30 @@ class ModelScorer:
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         return generate_tokens(self.model, prompts, **options)
+
+
+class EmbeddingNoise:
+    """NEFTune (Jain et al. 2023, https://arxiv.org/abs/2310.05914): uniform noise on the embeddings of a model that is training.
+
+    Within alpha / sqrt(L d) of 0, for a document of L tokens and d features, however documents are packed.
+    """
+
+    def __init__(self, model: nn.Module, alpha: float):
+        self.alpha = alpha
+        self.lengths = torch.zeros(0)  # of the documents at hand
+        model.get_input_embeddings().register_forward_hook(self._add)  # type: ignore[operator]
+
+    def _add(self, module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+        if not module.training or not torch.is_grad_enabled():
+            return embedded
+        shape, lengths = embedded.shape[:-1], self.lengths
+        if shape[0] == len(lengths) and shape[0] > 1:  # a padded row each
+            tokens = lengths[:, None].expand(shape)
+        else:
+            tokens = lengths.repeat_interleave(lengths, output_size=shape.numel()).view(shape)
+        bound = self.alpha / (tokens.float() * embedded.shape[-1]).sqrt()
+        noise = torch.rand(embedded.shape, device=embedded.device).mul_(2).sub_(1)
+        return embedded + (noise * bound[..., None]).to(embedded.dtype)
 
 
 def _token_types(batch: Batch) -> Tensor | None:

@@ -23,7 +23,7 @@ from fastpt.console import Console
 from fastpt.data.batches import collate
 from fastpt.data.feed import Step
 from fastpt.data.render import show_example
-from fastpt.errors import CheckpointError, ConfigError, TrainingError
+from fastpt.errors import CheckpointError, TrainingError
 from fastpt.evaluation import evaluate
 from fastpt.forensics import non_finite_rows
 from fastpt.fusion import fuse
@@ -31,10 +31,10 @@ from fastpt.interrupt import stop_on_signals
 from fastpt.memory import is_out_of_memory, peak_bytes
 from fastpt.objectives import make_objective
 from fastpt.objectives.base import ratio
-from fastpt.optim import StepInBackward, clipped_step, make_optimizer, weights_for
+from fastpt.optim import PullToStart, StepInBackward, clipped_step, make_optimizer, weights_for
 from fastpt.optim.schedule import lr_scale
 from fastpt.preparation import examples_of, make_feed, read_rows, settle_max_length, settle_memory, settle_output
-from fastpt.records import History
+from fastpt.records import Best, History
 from fastpt.run import Run, environment
 from fastpt.scorer import ModelScorer
 from fastpt.trackers import make_trackers
@@ -83,7 +83,7 @@ class Trainer:
         self.console = Console(quiet=self.config.quiet)
         self.metrics: dict[str, Any] = {}
         self.step = self.start_step = 0
-        self.best: dict[str, Any] | None = None
+        self.best = Best(self.config.best_metric, self.config.patience, self.config.min_delta)
         self.totals = {"tokens": 0, "trained_tokens": 0, "seconds": 0.0, "skipped_steps": 0}
         self.status, self.started = "finished", time.time()
 
@@ -123,9 +123,10 @@ class Trainer:
                 parameter.grad_dtype = torch.float32  # gradients add up over micro-batches in float32
         self.handle = fuse(self.model)
         set_policy(self.model, config.activations, offload=Offload(self.output))
-        self.scorer = ModelScorer(self.model, has_reference=is_fresh(self.model))
+        self.scorer = ModelScorer(self.model, is_fresh(self.model), config.neftune)
         self.optimizer = make_optimizer(self.model, config)
         self.in_backward = StepInBackward(self.optimizer) if config.optim.in_backward else None
+        self.pull = PullToStart(self.optimizer, config.optim.l2_start) if config.optim.l2_start else None
         self._prepare_data(rows, eval_rows)
         trained, total = count_parameters(self.model)
         self.console.say(
@@ -177,7 +178,7 @@ class Trainer:
         weights_for(self.optimizer, "train")
         self.watch.begin(self.optimizer)
         with stop_on_signals() as stop:
-            while self.step < self.total_steps and not stop:
+            while self.step < self.total_steps and not stop and not self.best.is_over:
                 micro = next(self._steps)
                 record = self._guarded_step(micro)
                 self._record(record)
@@ -187,6 +188,8 @@ class Trainer:
                 self.status = "interrupted"
                 self.console.say(f"{stop.signal}: saving and stopping after step {self.step}")
                 self._save()
+        if self.best.patience is not None and not stop:
+            self._take_best()
 
     def _guarded_step(self, micro: Step) -> dict[str, Any]:
         try:
@@ -217,6 +220,8 @@ class Trainer:
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         count = max(count, 1e-12)
+        if self.pull is not None:
+            self.pull.add_to_gradients(count)
         if self.in_backward is not None:
             norm = self.in_backward.norm() / count
         else:
@@ -290,28 +295,29 @@ class Trainer:
         self.history.add({"step": self.step, **found})
         for listener in self._listeners("on_evaluate"):
             listener(self, found)
-        return self._is_best(found)
+        return self.best.update(self.step, found)
 
-    def _is_best(self, found: dict[str, float]) -> bool:
-        name, sign = self.config.best_metric.removeprefix("+"), -1 if self.config.best_metric.startswith("+") else 1
-        if name not in found:
-            raise ConfigError(f"best_metric {name!r} is not among the evaluation's metrics: {', '.join(found)}")
-        better = self.best is None or sign * found[name] < sign * self.best["value"]
-        if better:
-            self.best = {"step": self.step, "metric": name, "value": found[name]}
-        return better
+    def _take_best(self) -> None:
+        """Of a run with patience: the weights and the metrics of its best evaluation."""
+        best, why = self.best, f"{self.best.metric} was not better in the last {self.best.since} evaluations"
+        if best.is_over:
+            self.console.say(f"stopping after step {self.step}: {why}")
+        if best.found is None or best.found["step"] == self.step:
+            return
+        path = self.output / "checkpoints" / f"step-{best.found['step']:08d}"
+        checkpoint.load(path, model=self.model, optimizer=self.optimizer)
+        self.metrics.update(next(r for r in self.history if r["step"] == best.found["step"] and best.metric in r))
+        self.metrics.pop("step", None)
+        self._evaluated_now = True
+        self.console.say(f"the model is that of step {best.found['step']}, {best.metric} {best.found['value']:.4g}")
 
     def _save(self, *, best: bool = False) -> None:
         """Write a checkpoint. A failed one is said aloud and does not end the run: the earlier ones are still there."""
         folder = self.output / "checkpoints"
         state = {
-            "step": self.step,
-            "position": self.feed.position(),
-            "drift": self._drift_keys(),
-            "best": self.best,
-            "totals": self.totals,
-            "metrics": self.metrics,
-        }
+            "step": self.step, "position": self.feed.position(), "drift": self._drift_keys(),
+            "best": self.best.state(), "totals": self.totals, "metrics": self.metrics,
+        }  # fmt: skip
         weights_for(self.optimizer, "eval")
         try:
             path = checkpoint.save(
@@ -322,7 +328,7 @@ class Trainer:
             return
         finally:
             weights_for(self.optimizer, "train")
-        checkpoint.prune(folder, self.config.keep_checkpoints, f"step-{self.best['step']:08d}" if self.best else None)
+        checkpoint.prune(folder, self.config.keep_checkpoints, self.best.found)
         for listener in self._listeners("on_save"):
             listener(self, path)
 
@@ -357,7 +363,8 @@ class Trainer:
         self.feed.seek(saved["position"])
         self._steps = iter(self.feed)
         self.step = self.start_step = saved["step"]
-        self.best, self.totals, self.metrics = saved["best"], saved["totals"], saved["metrics"]
+        self.best.load(saved["best"])
+        self.totals, self.metrics = saved["totals"], saved["metrics"]
         self.history.keep_until(self.step)
         self.console.say(f"resumed from {found} at step {self.step}")
 
@@ -369,31 +376,24 @@ class Trainer:
         self.watch.tell(self.metrics, self.console.say)
         run = Run(
             path=self.output, model=self.model, tokenizer=self.tokenizer, metrics=self.metrics, history=self.history,
-            status=self.status, handle=self.handle, best=self.best,
+            status=self.status, handle=self.handle, best=self.best.found,
         )  # fmt: skip
-        trained, total = count_parameters(self.model)
-        about = {
-            "config": json.loads(to_json(self.config)),
-            "status": self.status,
-            "metrics": self.metrics,
-            "best": self.best,
-            "model": {
-                "source": self.source,
-                "task": self.objective.task,
-                "settings": self.asked,
-                "parameters": total,
-                "trained_parameters": trained,
-                "precision": str(self.dtype),
-                "device": str(self.device),
-            },
-            "data": self.feed.summary(),
-            "environment": environment(),
-            "started": self.started,
-            "seconds": time.time() - self.started,
-        }
         try:
-            run.save(about)
+            run.save(self._about())
         except CheckpointError as error:
             error.run = run  # type: ignore[attr-defined]
             raise
         return run
+
+    def _about(self) -> dict[str, Any]:
+        """run.json: what the run was, for whoever reads it or goes on from it."""
+        trained, total = count_parameters(self.model)
+        model = {
+            "source": self.source, "task": self.objective.task, "settings": self.asked, "parameters": total,
+            "trained_parameters": trained, "precision": str(self.dtype), "device": str(self.device),
+        }  # fmt: skip
+        return {
+            "config": json.loads(to_json(self.config)), "status": self.status, "metrics": self.metrics,
+            "best": self.best.found, "model": model, "data": self.feed.summary(), "environment": environment(),
+            "started": self.started, "seconds": time.time() - self.started,
+        }  # fmt: skip

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from fastpt import config
-from fastpt.config import build, merge, parse_override, read_file
+from fastpt.config import build
 from fastpt.errors import ConfigError
+from fastpt.settings import merge, parse_override, read_file
 
 MINIMAL = {"model": "m", "data": "rows.jsonl"}
 

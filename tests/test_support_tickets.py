@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpt.config import read_file
+from fastpt.settings import read_file
 
 FOLDER = Path(__file__).parents[1] / "examples" / "support_tickets"
 CATEGORIES = {"shipping", "refund", "billing", "technical", "account", "question"}

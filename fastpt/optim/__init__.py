@@ -10,15 +10,24 @@ from torch import nn
 from fastpt.config import Config
 from fastpt.errors import ConfigError
 from fastpt.optim.adamw import AdamW
+from fastpt.optim.averaging import WeightAverage
 from fastpt.optim.groups import parameter_groups, peak_lr
 from fastpt.optim.in_backward import StepInBackward
 from fastpt.optim.others import OTHERS
+from fastpt.optim.start import PullToStart
 
-__all__ = ["AdamW", "StepInBackward", "clipped_step", "make_optimizer", "weights_for"]
+__all__ = ["AdamW", "PullToStart", "StepInBackward", "clipped_step", "make_optimizer", "weights_for"]
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Raises: ConfigError when nothing is trained, or when the user's function returns no torch optimizer."""
+    made = _optimizer(model, config)
+    if config.optim.ema is not None:
+        made.average = WeightAverage(made, config.optim.ema)  # type: ignore[attr-defined]
+    return made
+
+
+def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     groups = parameter_groups(model, config)
     if not groups:
         raise ConfigError(
@@ -63,5 +72,6 @@ def clipped_step(optimizer: torch.optim.Optimizer, scale: float, grad_norm: floa
 
 
 def weights_for(optimizer: torch.optim.Optimizer, mode: Literal["train", "eval"]) -> None:
-    """A schedule-free optimizer trains at one point and is evaluated at another: it is told which is wanted."""
-    getattr(optimizer, mode, lambda: None)()
+    """What is evaluated is not what is trained with a schedule-free optimizer or an average of the weights: here they swap."""
+    for one in (optimizer, getattr(optimizer, "average", None)):
+        getattr(one, mode, lambda: None)()
