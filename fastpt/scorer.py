@@ -65,6 +65,11 @@ class ModelScorer:
     def stats(self, hidden: Tensor, batch: Batch, *, temperature: float = 1.0) -> TokenStats:
         return self.head.stats(hidden, batch.targets, kept=batch.kept, temperature=temperature)
 
+    def divergence(self, hidden: Tensor, batch: Batch, teacher: Any, **options: float) -> Tensor:
+        with torch.no_grad():
+            theirs = teacher.hidden(batch)
+        return self.head.divergence(hidden, batch.kept, teacher.head, theirs, row_weight=batch.weights, **options)
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device

@@ -77,33 +77,33 @@ class RowFormat:
 
 
 def _read_messages(row: Row, place: str) -> Conversation:
-    return _conversation(_system(row) + _messages(row, "messages", place), row, place)
+    return _conversation(read_system(row) + read_messages(row, "messages", place), row, place)
 
 
 def _read_sharegpt(row: Row, place: str) -> Conversation:
-    return _conversation(_system(row) + _messages(row, "conversations", place), row, place)
+    return _conversation(read_system(row) + read_messages(row, "conversations", place), row, place)
 
 
 def _read_prompt_completion(row: Row, place: str) -> Conversation:
     sides = [
-        [{"role": role, "content": _string(row, column, place)}] if isinstance(row[column], (str, type(None)))
-        else _messages(row, column, place)
+        [{"role": role, "content": read_string(row, column, place)}] if isinstance(row[column], (str, type(None)))
+        else read_messages(row, column, place)
         for column, role in (("prompt", "user"), ("completion", "assistant"))
     ]  # fmt: skip
-    prompt, completion = _system(row) + sides[0], sides[1]
+    prompt, completion = read_system(row) + sides[0], sides[1]
     return _conversation(prompt + completion, row, place, first_trained=len(prompt))
 
 
 def _read_alpaca(row: Row, place: str) -> Conversation:
-    request = _string(row, "instruction", place)
+    request = read_string(row, "instruction", place)
     if row.get("input"):
-        request += "\n\n" + _string(row, "input", place)
-    answer = {"role": "assistant", "content": _string(row, "output", place)}
-    return _conversation([*_system(row), {"role": "user", "content": request}, answer], row, place)
+        request += "\n\n" + read_string(row, "input", place)
+    answer = {"role": "assistant", "content": read_string(row, "output", place)}
+    return _conversation([*read_system(row), {"role": "user", "content": request}, answer], row, place)
 
 
 def _read_text(row: Row, place: str) -> Text:
-    return Text(_string(row, "text", place))
+    return Text(read_string(row, "text", place))
 
 
 FORMATS = [
@@ -176,7 +176,7 @@ def format_of_row(row: Row, place: str, columns: Mapping[str, str] | None = None
 # Parts of rows
 
 
-def _string(row: Row, column: str, place: str) -> str:
+def read_string(row: Row, column: str, place: str) -> str:
     value = row[column]
     if value is None or not isinstance(value, str):
         what = "nothing (None)" if value is None else f"{type(value).__name__} {value!r:.40}"
@@ -186,7 +186,7 @@ def _string(row: Row, column: str, place: str) -> str:
     return value
 
 
-def _parsed(value: Any, what: str, place: str) -> Any:
+def parsed(value: Any, what: str, place: str) -> Any:
     """Csv and parquet files often hold nested values as JSON text."""
     if not isinstance(value, str):
         return value
@@ -198,7 +198,7 @@ def _parsed(value: Any, what: str, place: str) -> Any:
         ) from error
 
 
-def _system(row: Row) -> list[dict[str, Any]]:
+def read_system(row: Row) -> list[dict[str, Any]]:
     return (
         [{"role": "system", "content": row["system"]}]
         if isinstance(row.get("system"), str) and row["system"].strip()
@@ -206,8 +206,8 @@ def _system(row: Row) -> list[dict[str, Any]]:
     )
 
 
-def _messages(row: Row, column: str, place: str) -> list[dict[str, Any]]:
-    raw = _parsed(row[column], repr(column), place) if row[column] is not None else None
+def read_messages(row: Row, column: str, place: str) -> list[dict[str, Any]]:
+    raw = parsed(row[column], repr(column), place) if row[column] is not None else None
     if not isinstance(raw, list):
         what = "nothing (None)" if raw is None else type(raw).__name__
         raise DataError(f"{place} has {what} as {column!r}, where a list of messages is needed: mend or delete the row")
@@ -230,12 +230,10 @@ def _message(raw: Any, place: str) -> dict[str, Any]:
     content = _flattened(raw.get("content", raw.get("value")), place)
     message["role"] = role
     if said == "function_call":
-        call = _parsed(content, "a function_call", place)
+        call = parsed(content, "a function_call", place)
         message["tool_calls"], content = (call if isinstance(call, list) else [call]), None
     if message.get("tool_calls"):
-        message["tool_calls"] = [
-            _tool_call(call, place) for call in _parsed(message["tool_calls"], "tool_calls", place)
-        ]
+        message["tool_calls"] = [_tool_call(call, place) for call in parsed(message["tool_calls"], "tool_calls", place)]
     elif content is None:
         raise DataError(f"{place} ({role}) has no content (None): give it text or delete the row")
     elif role == "assistant" and not content.strip():
@@ -267,7 +265,7 @@ def _tool_call(call: Any, place: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"{place} has the tool call {call!r:.60} without a function name: mend or delete the row")
     arguments = function.get("arguments", function.get("parameters", {}))
-    function = {"name": function["name"], "arguments": _parsed(arguments or {}, "tool call arguments", place)}
+    function = {"name": function["name"], "arguments": parsed(arguments or {}, "tool call arguments", place)}
     return {"type": "function", **{k: v for k, v in call.items() if k == "id" and v is not None}, "function": function}
 
 
@@ -289,7 +287,7 @@ def _conversation(messages: list[dict[str, Any]], row: Row, place: str, first_tr
     tools = row.get("tools", row.get("functions")) or None
     return Conversation(
         messages=messages,
-        tools=_parsed(tools, "tools", place),
+        tools=parsed(tools, "tools", place),
         first_trained=first_trained,
-        template_arguments=dict(_parsed(row.get("chat_template_kwargs") or {}, "chat_template_kwargs", place)),
+        template_arguments=dict(parsed(row.get("chat_template_kwargs") or {}, "chat_template_kwargs", place)),
     )

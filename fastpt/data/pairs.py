@@ -11,8 +11,8 @@ import numpy as np
 
 from fastpt.data.example import Example
 from fastpt.data.files import Row
-from fastpt.data.formats import Conversation, RowFormat, _messages, _string, _system
-from fastpt.data.render import _encode, conversation_text, render_conversation
+from fastpt.data.formats import Conversation, RowFormat, read_messages, read_string, read_system
+from fastpt.data.render import conversation_text, encode, render_conversation
 from fastpt.errors import DataError
 
 
@@ -45,20 +45,20 @@ def _read(row: Row, place: str) -> Pair:
 
 
 def _conversation(row: Row, prompt: list[dict[str, Any]], answer: list[dict[str, Any]]) -> Conversation:
-    before = _system(row) + prompt
+    before = read_system(row) + prompt
     return Conversation(before + answer, row.get("tools") or None, len(before))
 
 
 def _prompt(row: Row, place: str) -> list[dict[str, Any]]:
     if isinstance(row["prompt"], (str, type(None))):
-        return [{"role": "user", "content": _string(row, "prompt", place)}]
-    return _messages(row, "prompt", place)
+        return [{"role": "user", "content": read_string(row, "prompt", place)}]
+    return read_messages(row, "prompt", place)
 
 
 def _answer(row: Row, side: str, place: str) -> list[dict[str, Any]]:
     if isinstance(row[side], (str, type(None))):
-        return [{"role": "assistant", "content": _string(row, side, place)}]
-    return _messages(row, side, place)
+        return [{"role": "assistant", "content": read_string(row, side, place)}]
+    return read_messages(row, side, place)
 
 
 def _while_equal(a: list[Any], b: list[Any]):
@@ -93,7 +93,7 @@ def ranked_example(tokenizer: Any, row: Row, place: str, row_format: RowFormat) 
     """
     pair: Pair = row_format.convert(row, place)  # type: ignore[assignment]
     texts = [conversation_text(tokenizer, side, f"{place}: {name}") for name, side in pair._asdict().items()]
-    both = [ids for ids, _ in _encode(tokenizer, texts, add_special_tokens=False)]
+    both = [ids for ids, _ in encode(tokenizer, texts, add_special_tokens=False)]
     shortest = min(len(ids) for ids in both)
     differs = both[0][:shortest] != both[1][:shortest]
     if texts[0] == texts[1] or not differs.any():

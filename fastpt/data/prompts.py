@@ -11,24 +11,24 @@ from torch import Tensor
 
 from fastpt.data.example import Example
 from fastpt.data.files import Row
-from fastpt.data.formats import Conversation, RowFormat, _messages, _parsed, _string, _system
-from fastpt.data.render import _encode, _render
+from fastpt.data.formats import Conversation, RowFormat, parsed, read_messages, read_string, read_system
+from fastpt.data.render import encode, render
 from fastpt.errors import DataError
 
 
 def _read(row: Row, place: str) -> Conversation:
     if isinstance(row["prompt"], (str, type(None))):
-        messages = [{"role": "user", "content": _string(row, "prompt", place)}]
+        messages = [{"role": "user", "content": read_string(row, "prompt", place)}]
     else:
-        messages = _messages(row, "prompt", place)
+        messages = read_messages(row, "prompt", place)
     if messages[-1]["role"] == "assistant":
         raise DataError(
             f"{place} ends with an assistant turn, so there is nothing to answer: take that turn out of the row"
         )
     return Conversation(
-        messages=_system(row) + messages,
-        tools=_parsed(row.get("tools") or None, "tools", place),
-        template_arguments=dict(_parsed(row.get("chat_template_kwargs") or {}, "chat_template_kwargs", place)),
+        messages=read_system(row) + messages,
+        tools=parsed(row.get("tools") or None, "tools", place),
+        template_arguments=dict(parsed(row.get("chat_template_kwargs") or {}, "chat_template_kwargs", place)),
     )
 
 
@@ -52,8 +52,8 @@ def prompt_example(
         )
     prompt = row_format.convert(row, place)
     assert isinstance(prompt, Conversation)
-    text = _render(tokenizer, prompt, len(prompt.messages), True, place)
-    ids, _ = _encode(tokenizer, [text], add_special_tokens=False)[0]
+    text = render(tokenizer, prompt, len(prompt.messages), True, place)
+    ids, _ = encode(tokenizer, [text], add_special_tokens=False)[0]
     renamed = row_format.renamed(row)
     columns = {key: value for key, value in renamed.items() if handed_on is None or key in handed_on}
     columns["prompt"] = renamed["prompt"]

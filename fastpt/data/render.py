@@ -72,7 +72,7 @@ def render_conversation(tokenizer: Any, conversation: Conversation, place: str) 
             documents.append(_Document(turn.text, []))
         documents[-1].spans.append((turn.start, end or len(turn.text), turn.weight))
     documents.reverse()
-    encoded = _encode(tokenizer, [document.text for document in documents], add_special_tokens=False)
+    encoded = encode(tokenizer, [document.text for document in documents], add_special_tokens=False)
     return [_example(document, *tokens, place) for document, tokens in zip(documents, encoded, strict=True)]
 
 
@@ -81,16 +81,16 @@ def conversation_text(tokenizer: Any, conversation: Conversation, place: str) ->
 
     Raises: DataError when the template refuses it.
     """
-    return _render(tokenizer, conversation, len(conversation.messages), False, place)
+    return render(tokenizer, conversation, len(conversation.messages), False, place)
 
 
 def _turn(tokenizer: Any, conversation: Conversation, index: int, place: str) -> _Turn:
     message = conversation.messages[index]
-    full = _render(tokenizer, conversation, index + 1, False, place)
+    full = render(tokenizer, conversation, index + 1, False, place)
     pieces = _pieces(message)
     start = max(0, full.find(pieces[0])) if pieces else 0  # of a conversation that the assistant opens
     if index:
-        prompt = _render(tokenizer, conversation, index, True, place)
+        prompt = render(tokenizer, conversation, index, True, place)
         # A prompt that ends in "<think>" may share the first letters of the answer.
         found = full.rfind(pieces[0]) if pieces else -1
         shared = len(prompt) if full.startswith(prompt) else _shared(full, prompt)
@@ -112,7 +112,7 @@ def _turn(tokenizer: Any, conversation: Conversation, index: int, place: str) ->
     return _Turn(full[: ends[0]], start, ends, float(message.get("weight", 1)))
 
 
-def _render(tokenizer: Any, conversation: Conversation, stop: int, add_generation_prompt: bool, place: str) -> str:
+def render(tokenizer: Any, conversation: Conversation, stop: int, add_generation_prompt: bool, place: str) -> str:
     from jinja2 import TemplateError
 
     try:
@@ -208,7 +208,7 @@ def _example(document: _Document, ids: np.ndarray, offsets: np.ndarray, place: s
 def render_text(tokenizer: Any, text: str | Text, place: str, add_eos: bool = True) -> Example:
     """All tokens of a text trained, with the tokenizer's own special tokens around it and eos at its end."""
     text = text.text if isinstance(text, Text) else text
-    ids, _ = _encode(tokenizer, [text], add_special_tokens=True)[0]
+    ids, _ = encode(tokenizer, [text], add_special_tokens=True)[0]
     eos = tokenizer.eos_token_id
     if add_eos and eos is not None and (len(ids) == 0 or ids[-1] != eos):
         ids = np.append(ids, np.int32(eos))
@@ -238,7 +238,7 @@ def encode_words(tokenizer: Any, words: list[str]) -> tuple[np.ndarray, np.ndarr
 
     The words are read as a text with blanks between them, so every tokenizer sees what it was trained on.
     """
-    ids, offsets = _encode(tokenizer, [" ".join(words)], add_special_tokens=True)[0]
+    ids, offsets = encode(tokenizer, [" ".join(words)], add_special_tokens=True)[0]
     starts = np.cumsum([0, *(len(word) + 1 for word in words)])
     at = [
         np.flatnonzero((offsets[:, 0] < stop - 1) & (offsets[:, 1] > start))
@@ -253,7 +253,7 @@ def encode_words(tokenizer: Any, words: list[str]) -> tuple[np.ndarray, np.ndarr
 _SETTING = threading.Lock()
 
 
-def _encode(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+def encode(tokenizer: Any, texts: list[str], *, add_special_tokens: bool) -> list[tuple[np.ndarray, np.ndarray]]:
     """Token ids [T] and character offsets [T, 2] of each text.
 
     encode_batch lets go of the interpreter lock, encode does not, so threads help only with the former.

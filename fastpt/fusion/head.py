@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastpt.errors import ModelError
 from fastpt.fusion.projection import NotFusable, Projection
-from fastpt.ops import TokenStats, linear_cross_entropy, token_stats
+from fastpt.ops import TeacherHead, TokenStats, linear_cross_entropy, linear_divergence, token_stats
 
 IGNORED = -100
 
@@ -170,6 +170,29 @@ class LanguageHead:
         return token_stats(
             hidden, head.weight, targets, bias=head.bias, kept=kept, ignore_index=IGNORED, softcap=self.softcap,
             logit_scale=self.logit_scale / temperature, lora_a=head.lora_a, lora_b=head.lora_b, lora_scale=head.scale,
+        )  # fmt: skip
+
+    def divergence(
+        self, hidden: Tensor, kept: Tensor, teacher: LanguageHead, teacher_hidden: Tensor, **options: Any
+    ) -> Tensor:
+        """The sum over the kept rows of how far these next-token distributions are from a teacher's (linear_divergence).
+
+        Shapes: hidden [T, D], teacher_hidden [T, E], kept int64 [N] -> []. Raises: ModelError for a head that is no plain weight
+        with an adapter, or for a teacher's with one.
+        """
+        head, other = self._read(), teacher._read()
+        if head is None or other is None or other.lora_a is not None:
+            raise ModelError(
+                "distillation reads both heads as weights: leave the head out of method.targets where it has DoRA or dropout, "
+                "and merge a teacher's adapter"
+            )
+        shared = min(len(head.weight), len(other.weight))  # rows beyond the vocabulary are padding, more or less of it
+        cut = lambda x: None if x is None else x[:shared]  # noqa: E731
+        theirs = teacher_hidden.to(self._dtype(other, teacher_hidden))
+        given = TeacherHead(theirs, other.weight[:shared], cut(other.bias), teacher.softcap, teacher.logit_scale)
+        return linear_divergence(
+            hidden.to(self._dtype(head, hidden)), head.weight[:shared], given, kept, bias=cut(head.bias), softcap=self.softcap,
+            logit_scale=self.logit_scale, lora_a=head.lora_a, lora_b=cut(head.lora_b), lora_scale=head.scale, **options,
         )  # fmt: skip
 
     def _read(self) -> Projection | None:

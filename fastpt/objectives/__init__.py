@@ -14,6 +14,7 @@ OBJECTIVES = {
     "pretrain": "fastpt.objectives.pretrain:Pretrain",
     "classify": "fastpt.objectives.classify:Classify",
     "tag": "fastpt.objectives.tag:Tag",
+    "distill": "fastpt.objectives.distill:Distill",
     "reward": "fastpt.objectives.reward:RewardModel",
     "dpo": "fastpt.objectives.dpo:DPO",
     "kto": "fastpt.objectives.kto:KTO",

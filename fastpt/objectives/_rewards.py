@@ -25,7 +25,7 @@ from fastpt.data.batches import Batch
 from fastpt.data.example import Example
 from fastpt.data.files import Row
 from fastpt.data.formats import Conversation
-from fastpt.data.render import _encode, conversation_text, ensure_chat_template
+from fastpt.data.render import conversation_text, encode, ensure_chat_template
 from fastpt.errors import ConfigError, ModelError, TrainingError
 from fastpt.fusion import fuse
 from fastpt.objectives._reference import documents_values
@@ -167,7 +167,7 @@ def load_reward_model(spec: str, device: torch.device, dtype: torch.dtype) -> Re
         texts = [_conversation_text(tokenizer, *both) for both in zip(prompts, completions, strict=True)]
         examples = [
             Example(ids, np.zeros(len(ids), bool), None, "", count=1.0).truncated(limit - scorer.first_position)
-            for ids, _ in _encode(tokenizer, texts, add_special_tokens=False)
+            for ids, _ in encode(tokenizer, texts, add_special_tokens=False)
         ]
         lengths = [example.tokens for example in examples]
         return np.concatenate(

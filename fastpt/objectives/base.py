@@ -32,6 +32,9 @@ class Scorer(Protocol):
     def stats(self, hidden: Tensor, batch: Batch, *, temperature: float = 1.0) -> TokenStats:
         """Per-token log-probability, entropy, logsumexp and top-1 of the targets, float32 [T]."""
 
+    def divergence(self, hidden: Tensor, batch: Batch, teacher: Scorer, **options: float) -> Tensor:
+        """Sum over the batch's (weighted) targets of how far the model is from a teacher there; see ops.linear_divergence."""
+
     @property
     def device(self) -> Any:
         """Where the model is."""

@@ -9,10 +9,10 @@ from fastpt.data.formats import Text, recognise
 from fastpt.data.render import render_text
 from fastpt.errors import DataError
 from fastpt.objectives.base import Prepare
-from fastpt.objectives.sft import SFT
+from fastpt.objectives.sft import CrossEntropy
 
 
-class Pretrain(SFT):
+class Pretrain(CrossEntropy):
     """Rows have a `text` field. The loss is that of supervised fine-tuning with every token trained."""
 
     splits_long_rows: ClassVar[bool] = True

@@ -12,6 +12,7 @@ from fastpt.ops.geglu import geglu
 from fastpt.ops.grouped_linear import grouped_linear
 from fastpt.ops.layer_norm import add_layer_norm, layer_norm
 from fastpt.ops.linear_cross_entropy import linear_cross_entropy
+from fastpt.ops.linear_divergence import TeacherHead, linear_divergence
 from fastpt.ops.lora_linear import Layer, linear_group, lora_linear, lora_swiglu
 from fastpt.ops.nf4 import NF4Weight, nf4_dequantize, nf4_quantize
 from fastpt.ops.nf4_linear import nf4_linear
@@ -23,6 +24,7 @@ from fastpt.ops.token_stats import TokenStats, token_stats
 __all__ = [
     "Layer",
     "NF4Weight",
+    "TeacherHead",
     "TokenStats",
     "adamw",
     "adamw_8bit",
@@ -41,6 +43,7 @@ __all__ = [
     "grouped_linear",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_group",
     "lora_linear",
     "lora_swiglu",

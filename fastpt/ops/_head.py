@@ -62,7 +62,8 @@ class Head:
             z += self.matmul(self.low_hidden[rows], self.low_weight.t())
         if self.bias is not None:
             z += self.bias
-        z *= self.logit_scale
+        if self.logit_scale != 1:
+            z *= self.logit_scale
         return z if self.softcap is None else (z / self.softcap).tanh_().mul_(self.softcap)
 
     def zero_grads(self, wants: Sequence[bool]) -> list[Tensor]:
@@ -74,7 +75,8 @@ class Head:
         """Add what the gradient dz [n, V] of this chunk's logits z means for each wanted input; overwrites dz."""
         if self.softcap is not None:
             dz *= 1 - (z / self.softcap) ** 2
-        dz *= self.logit_scale
+        if self.logit_scale != 1:
+            dz *= self.logit_scale
         if wants[0]:
             grads[0][rows] = self.matmul(dz, self.weight).to(grads[0].dtype)
         if wants[1]:
