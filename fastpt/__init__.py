@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastpt.errors import FastptError as FastptError
+    from fastpt.evaluation import evaluate as evaluate
     from fastpt.fusion.fuse import explain as explain
     from fastpt.fusion.fuse import fuse as fuse
     from fastpt.memory_plan import plan as plan
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "train": "fastpt.trainer",
+    "evaluate": "fastpt.evaluation",
     "fuse": "fastpt.fusion",
     "explain": "fastpt.fusion",
     "plan": "fastpt.memory_plan",
@@ -29,7 +31,7 @@ _HOME = {
     "FastptError": "fastpt.errors",
 }
 
-__all__ = ["FastptError", "Run", "__version__", "explain", "fuse", "load_run", "plan", "train"]
+__all__ = ["FastptError", "Run", "__version__", "evaluate", "explain", "fuse", "load_run", "plan", "train"]
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""The command line: train, plan, chat, check, merge, settings, doctor. Errors of fastpt's own come without a traceback."""
+"""The command line: train, evaluate, plan, chat, check, merge, settings, doctor. Errors of fastpt come without a traceback."""
 
 from __future__ import annotations
 
@@ -37,6 +37,17 @@ def plan(
     found = plan(**_settings_of(arguments))
     print(found)
     raise typer.Exit(0 if found.fits else 1)
+
+
+@app.command()
+def evaluate(
+    arguments: Annotated[list[str], typer.Argument(metavar="[CONFIG.toml] [key=value]...", help="as for train")],
+) -> None:
+    """What the objective measures of a model on rows, without training: `fastpt evaluate model=M data=rows.jsonl`."""
+    from fastpt.evaluation import evaluate
+
+    for name, value in evaluate(**_settings_of(arguments)).items():
+        print(f"{name}\t{value:.6g}")
 
 
 def _settings_of(arguments: list[str]) -> dict:

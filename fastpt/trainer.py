@@ -24,7 +24,7 @@ from fastpt.data.batches import collate
 from fastpt.data.feed import Step
 from fastpt.data.render import show_example
 from fastpt.errors import CheckpointError, TrainingError
-from fastpt.evaluation import evaluate
+from fastpt.evaluation import evaluate_set
 from fastpt.forensics import non_finite_rows
 from fastpt.fusion import fuse
 from fastpt.interrupt import stop_on_signals
@@ -288,7 +288,7 @@ class Trainer:
         """Evaluate on the held-out rows; true when the best metric improved."""
         assert self.eval_data is not None
         weights_for(self.optimizer, "eval")
-        found = evaluate(self.objective, self.scorer, self.model, self.eval_data, self.micro_tokens, self.device)
+        found = evaluate_set(self.objective, self.scorer, self.model, self.eval_data, self.micro_tokens, self.device)
         weights_for(self.optimizer, "train")
         self.metrics.update(found)
         self._evaluated_now = True

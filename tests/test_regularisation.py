@@ -13,7 +13,7 @@ from fastpt.config import MethodConfig, build
 from fastpt.data.batches import collate
 from fastpt.data.example import Example
 from fastpt.errors import ConfigError
-from fastpt.evaluation import evaluate
+from fastpt.evaluation import evaluate_set
 from fastpt.optim import PullToStart
 from fastpt.optim.groups import layers_above, parameter_groups
 from fastpt.records import Best
@@ -76,7 +76,7 @@ def test_the_average_is_what_is_evaluated_and_delivered(tmp_path):
         torch.testing.assert_close(value, averages[-1][name])
         assert not torch.equal(value, seen[-1][name])
     arguments = trainer.objective, trainer.scorer, run.model, trainer.eval_data, trainer.micro_tokens, trainer.device
-    assert evaluate(*arguments)["eval_loss"] == run.metrics["eval_loss"]
+    assert evaluate_set(*arguments)["eval_loss"] == run.metrics["eval_loss"]
 
 
 def test_the_pull_is_the_gradient_of_the_squared_distance():
@@ -142,7 +142,7 @@ def test_a_run_with_patience_ends_and_delivers_its_best(tmp_path):
     assert run.best == {"step": best["step"], "metric": "eval_loss", "value": best["eval_loss"]}
     assert run.metrics["eval_loss"] == best["eval_loss"]
     arguments = trainer.objective, trainer.scorer, run.model, trainer.eval_data, trainer.micro_tokens, trainer.device
-    assert evaluate(*arguments)["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-6)
+    assert evaluate_set(*arguments)["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-6)
     assert json.loads((run.path / "run.json").read_text())["best"] == run.best
 
 

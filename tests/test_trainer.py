@@ -230,3 +230,13 @@ def test_pretraining_cuts_long_documents_and_trains_every_token(tmp_path):
         **run_settings(tmp_path, objective="pretrain", data=rows, max_length=64, max_steps=2, batch_rows=None)
     )
     assert run.history[0]["trained_tokens"] > 0.9 * run.history[0]["tokens"]
+
+
+def test_a_model_is_evaluated_without_a_run_as_within_one(tmp_path, capsys):
+    rows = chat_rows(6, seed=1)
+    run = fastpt.train(**run_settings(tmp_path, eval_data=rows, method="full"))
+    given = {"tokenizer": run.tokenizer, "device": "cpu", "precision": "fp32", "max_length": 256, "quiet": True}
+    found = fastpt.evaluate(run.model, rows, **given)
+    expected = {k.removeprefix("eval_"): v for k, v in run.metrics.items() if k.startswith("eval_")}
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert all(p.grad is None for p in run.model.parameters())

@@ -174,14 +174,14 @@ def test_pairs_are_two_rows_whose_divergence_takes_answers_of_other_prompts():
 
 def test_evaluation_takes_the_divergence_of_the_whole_set():
     """In micro-batches of one row it measures what one batch of all rows does, and what training calls the loss."""
-    from fastpt.evaluation import evaluate
+    from fastpt.evaluation import evaluate_set
 
     objective, scorer, data = make_objective("kto"), two_models(), tokenised(judged_rows())
     examples = ready(objective, scorer, data)
     batch = collate(examples)
     loss, measures = objective.loss(scorer, batch)
     for micro_tokens in (1, 4096):
-        found = evaluate(objective, scorer, scorer.model, data, micro_tokens, torch.device("cpu"))
+        found = evaluate_set(objective, scorer, scorer.model, data, micro_tokens, torch.device("cpu"))
         assert found["eval_loss"] == pytest.approx(float(loss.detach() / batch.count), rel=1e-5)
         assert found["eval_divergence"] == pytest.approx(float(measures["divergence"] / batch.count), rel=1e-5)
         good, bad = (float(x[0] / x[1]) for x in (measures["reward_desirable"], measures["reward_undesirable"]))
