@@ -10,7 +10,6 @@ from torch import nn
 from fastpt import models
 from fastpt.config import build
 from fastpt.console import Console
-from fastpt.data.batches import collate
 from fastpt.data.feed import micro_batches
 from fastpt.data.tokenised import Tokenised
 from fastpt.fusion import fuse
@@ -43,7 +42,7 @@ def evaluate(model: Any, data: Any, objective: Any = "sft", **config: Any) -> di
     try:
         examples = examples_of(rows, settings.data, chosen, loaded.tokenizer, max_length, console.say)
         chosen.enrich(scorer, examples, micro_tokens, console.say)
-        found = evaluate_set(chosen, scorer, loaded.model, examples, micro_tokens, device)
+        found = evaluate_set(chosen, scorer, loaded.model, examples, micro_tokens)
     finally:
         if isinstance(settings.model, nn.Module):
             handle.remove()
@@ -53,7 +52,7 @@ def evaluate(model: Any, data: Any, objective: Any = "sft", **config: Any) -> di
 
 @torch.no_grad()
 def evaluate_set(
-    objective: Objective, scorer: Scorer, model: nn.Module, data: Tokenised, micro_tokens: int, device: torch.device
+    objective: Objective, scorer: Scorer, model: nn.Module, data: Tokenised, micro_tokens: int
 ) -> dict[str, float]:
     """Metrics of a whole set, named eval_*; the model is in evaluation mode meanwhile."""
     was_training = model.training
@@ -62,7 +61,7 @@ def evaluate_set(
     count = 0.0
     try:
         for examples in micro_batches(data, micro_tokens):
-            batch = collate(examples).to(device)
+            batch = scorer.batch(examples)
             for name, value in objective.evaluate(scorer, batch).items():
                 sums[name] = sums[name] + value if name in sums else value
             count += batch.count

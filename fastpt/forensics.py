@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from fastpt.data.batches import collate
 from fastpt.data.example import Example
 from fastpt.objectives.base import Objective, Scorer
 
@@ -17,9 +16,8 @@ def non_finite_rows(objective: Objective, scorer: Scorer, examples: list[Example
     Runs each example of the step alone, so it costs about one step; it is called only after a step has failed.
     """
     guilty = []
-    device = parameters[0].device
     for example in examples:
-        loss, _ = objective.loss(scorer, collate([example]).to(device))
+        loss, _ = objective.loss(scorer, scorer.batch([example]))
         bad = not bool(torch.isfinite(loss))
         if not bad:
             loss.backward()

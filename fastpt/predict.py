@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastpt.data.batches import collate
 from fastpt.data.example import Example
 from fastpt.data.labels import MULTI, REGRESSION
 from fastpt.data.pack import best_fit
@@ -74,7 +73,7 @@ def _scored(scorer: ModelScorer, examples: list[Example], micro_tokens: int) -> 
     found: dict[int, Tensor] = {}
     with scorer.frozen():
         for pack in best_fit([example.tokens for example in examples], micro_tokens):
-            batch = collate([examples[i] for i in pack]).to(scorer.device)
+            batch = scorer.batch([examples[i] for i in pack])
             hidden = scorer.hidden(batch)
             if scorer.class_head.is_of_tokens:
                 parts = scorer.token_logits(hidden).cpu().split([len(examples[i].input_ids) for i in pack])

@@ -135,7 +135,7 @@ def make_feed(
     if not objective.online:
         return feed
     collect = partial(objective.collect, scorer)
-    return RolloutFeed(feed, collect, micro_tokens, objective.steps_per_rollout)
+    return RolloutFeed(feed, collect, scorer.size, micro_tokens, objective.steps_per_rollout)
 
 
 def _feed_of_rows(

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpt.data.batches import Batch
+from fastpt.data.batches import Batch, collate
+from fastpt.data.example import Example
 from fastpt.fusion.class_head import ClassHead
+from fastpt.fusion.fuse import handle_of
 from fastpt.fusion.head import LanguageHead, first_position, hidden_states
+from fastpt.fusion.shared_prefix import shares_prefix
 from fastpt.generate import generate_tokens
 from fastpt.ops import TokenStats
 
@@ -44,6 +47,19 @@ class ModelScorer:
     def reads_token_types(self) -> bool:
         return any(name.endswith("token_type_embeddings") for name, _ in self.model.named_modules())
 
+    @cached_property
+    def shares_prefix(self) -> bool:
+        """Whether a prompt before several documents is computed once."""
+        handle = handle_of(self.model)
+        return handle is not None and shares_prefix(handle)
+
+    def batch(self, examples: list[Example]) -> Batch:
+        shares = any(example.shares for example in examples) and self.shares_prefix
+        return collate(examples, shares).to(self.device)
+
+    def size(self, example: Example) -> int:
+        return example.tokens if not example.shares or self.shares_prefix else example.expanded().tokens
+
     def hidden(self, batch: Batch) -> Tensor:
         if self._noise is not None:
             self._noise.lengths = batch.cu_seqlens.diff()
@@ -53,6 +69,9 @@ class ModelScorer:
             position_ids=batch.position_ids + self.first_position,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
+            keys=batch.keys,
+            cu_seqlens_k=batch.cu_seqlens_k,
+            max_seqlen_k=batch.max_seqlen_k,
             token_type_ids=_token_types(batch) if self.reads_token_types else None,
         )
 
@@ -75,7 +94,7 @@ class ModelScorer:
         return next(self.model.parameters()).device
 
     def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        return self.class_head.document_logits(hidden, batch.cu_seqlens)
+        return self.class_head.document_logits(hidden, batch.cu_seqlens, batch.stops)
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         return self.class_head.token_logits(hidden)

@@ -20,7 +20,6 @@ from fastpt.activations import Offload, set_policy
 from fastpt.adapters import apply_method, count_parameters, is_fresh
 from fastpt.config import Config, build, to_json
 from fastpt.console import Console
-from fastpt.data.batches import collate
 from fastpt.data.feed import Step
 from fastpt.data.render import show_example
 from fastpt.errors import CheckpointError, TrainingError
@@ -210,7 +209,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         count, tokens = 0.0, 0
         for examples in micro:
-            batch = collate(examples).to(self.device)
+            batch = self.scorer.batch(examples)
             loss, metrics = self.objective.loss(self.scorer, batch)
             if self.in_backward is not None:
                 self.in_backward.begin(micro_batches=len(micro), count=batch.count)
@@ -288,7 +287,7 @@ class Trainer:
         """Evaluate on the held-out rows; true when the best metric improved."""
         assert self.eval_data is not None
         weights_for(self.optimizer, "eval")
-        found = evaluate_set(self.objective, self.scorer, self.model, self.eval_data, self.micro_tokens, self.device)
+        found = evaluate_set(self.objective, self.scorer, self.model, self.eval_data, self.micro_tokens)
         weights_for(self.optimizer, "train")
         self.metrics.update(found)
         self._evaluated_now = True

@@ -75,7 +75,7 @@ def test_the_average_is_what_is_evaluated_and_delivered(tmp_path):
     for name, value in weights_of(run).items():
         torch.testing.assert_close(value, averages[-1][name])
         assert not torch.equal(value, seen[-1][name])
-    arguments = trainer.objective, trainer.scorer, run.model, trainer.eval_data, trainer.micro_tokens, trainer.device
+    arguments = trainer.objective, trainer.scorer, run.model, trainer.eval_data, trainer.micro_tokens
     assert evaluate_set(*arguments)["eval_loss"] == run.metrics["eval_loss"]
 
 
@@ -141,7 +141,7 @@ def test_a_run_with_patience_ends_and_delivers_its_best(tmp_path):
     assert run.metrics["steps"] == best["step"] + 3 < 60
     assert run.best == {"step": best["step"], "metric": "eval_loss", "value": best["eval_loss"]}
     assert run.metrics["eval_loss"] == best["eval_loss"]
-    arguments = trainer.objective, trainer.scorer, run.model, trainer.eval_data, trainer.micro_tokens, trainer.device
+    arguments = trainer.objective, trainer.scorer, run.model, trainer.eval_data, trainer.micro_tokens
     assert evaluate_set(*arguments)["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-6)
     assert json.loads((run.path / "run.json").read_text())["best"] == run.best
 

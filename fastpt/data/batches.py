@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastpt.data.example import IGNORED, Example
 from fastpt.data.pack import plan_epoch
+from fastpt.data.prefix import shared_keys
 from fastpt.data.sources import StreamedRows
 from fastpt.data.tokenised import LengthReport, apply_policy, check_policy
 from fastpt.errors import DataError
@@ -48,16 +49,24 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 @dataclass
 class Batch(Packed):
-    """One micro-batch; `count` is the number of trained tokens, or the sum of their weights, or what its examples say."""
+    """One micro-batch; `count` is the number of trained tokens, or the sum of their weights, or what its examples say.
+
+    Where prompts are there once for several documents, a prompt is a sequence of cu_seqlens too, and the queries of each
+    sequence see the tokens `keys` (prefix.shared_keys).
+    """
 
     targets: Tensor  # [T] int64: the token that position t must predict, -100 where none
     kept: Tensor  # [K] int64: the positions with a target
     kept_lengths: Tensor  # [D] int64: how many of them each document has
+    stops: Tensor  # [D] int64: where each document ends
     weights: Tensor | None  # [K] float32
     count: float
     places: list[str]
     tokens: int
     source: Packed | None = None  # the encoder's side
+    keys: Tensor | None = None  # [Tk] int64
+    cu_seqlens_k: Tensor | None = None  # [N + 1] int32
+    max_seqlen_k: int | None = None
     fields: dict[str, Tensor] = field(default_factory=dict)
 
     def per_document(self, values: Tensor) -> Tensor:
@@ -65,18 +74,28 @@ class Batch(Packed):
         return torch.segment_reduce(values, "sum", lengths=self.kept_lengths, unsafe=True, initial=0)
 
 
-def collate(examples: list[Example]) -> Batch:
-    """The examples end to end as one batch, targets shifted within each document."""
-    examples = [example.expanded() for example in examples]
-    lengths = np.array([n for e in examples for n in e.documents or (len(e.input_ids),)], np.int64)
-    packed = _packed(np.concatenate([example.input_ids for example in examples]), lengths)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+def collate(examples: list[Example], shares_prefix: bool = False) -> Batch:
+    """The examples end to end as one batch, targets shifted within each document.
+
+    A prompt that several documents share is written before each of them, or once, for a model that `shares_prefix`.
+    """
+    is_shared = shares_prefix and any(example.shares for example in examples)
+    examples = examples if is_shared else [example.expanded() for example in examples]
+    ids = np.concatenate([example.input_ids for example in examples])
+    offsets = np.cumsum([0, *(len(example.input_ids) for example in examples)])
+    bounds = np.concatenate([offset + example.bounds for offset, example in zip(offsets, examples, strict=False)])
+    starts, stops = bounds.T  # of the documents
+    shared: dict[str, Any] = {}
+    if is_shared:
+        packed, shared = _sharing(ids, examples)
+    else:
+        packed = _packed(ids, stops - starts)
     if examples[0].targets is not None:
         targets = np.concatenate([example.targets for example in examples])  # type: ignore[misc]
         kept = target_at = np.flatnonzero(targets != IGNORED)  # [K]
     else:
         trained = np.concatenate([example.trained for example in examples])
-        trained[starts[:-1][lengths > 0]] = False  # nothing comes before the first token of a document
+        trained[starts[stops > starts]] = False  # nothing comes before the first token of a document
         target_at = np.flatnonzero(trained)
         kept = target_at - 1
         targets = np.full(len(trained), IGNORED, np.int64)
@@ -88,9 +107,11 @@ def collate(examples: list[Example]) -> Batch:
     sources = [example.source for example in examples if example.source is not None]
     return Batch(
         **vars(packed),
+        **shared,
         targets=torch.from_numpy(targets),
         kept=torch.from_numpy(kept),
-        kept_lengths=torch.from_numpy(np.diff(np.searchsorted(kept, starts))),
+        kept_lengths=torch.from_numpy(np.searchsorted(kept, stops) - np.searchsorted(kept, starts)),
+        stops=torch.from_numpy(stops),
         weights=None if weights is None else torch.from_numpy(weights),
         count=_count(examples, len(kept), weights),
         places=[example.place for example in examples],
@@ -111,6 +132,15 @@ def _packed(ids: np.ndarray, lengths: np.ndarray) -> Packed:
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         max_seqlen=int(lengths.max(initial=0)),
     )
+
+
+def _sharing(ids: np.ndarray, examples: list[Example]) -> tuple[Packed, dict[str, Any]]:
+    """The same with prompts there once, and the keys that its sequences see."""
+    arrays = shared_keys([e.prefix for e in examples], [e.documents or (len(e.input_ids),) for e in examples])
+    cu_seqlens, keys, cu_seqlens_k, positions = map(torch.from_numpy, arrays)
+    longest, longest_k = (int(bounds.diff().max()) for bounds in (cu_seqlens, cu_seqlens_k))
+    packed = Packed(torch.from_numpy(ids.astype(np.int64))[None], positions[None], cu_seqlens, longest)
+    return packed, {"keys": keys, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": longest_k}
 
 
 def _count(examples: list[Example], kept: int, weights: np.ndarray | None) -> float:

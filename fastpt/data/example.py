@@ -43,6 +43,11 @@ class Example:
         return target if self.source is None else max(target, len(self.source))
 
     @property
+    def shares(self) -> bool:
+        """Whether several documents share a prompt."""
+        return self.prefix > 0 and len(self.documents or ()) > 1
+
+    @property
     def trained_tokens(self) -> list[int]:
         """How many positions have a target, of each document."""
         if self.targets is not None:

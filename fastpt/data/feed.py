@@ -91,13 +91,12 @@ class StreamFeed:
 class RolloutFeed:
     """Steps of examples that the model itself makes of a feed's prompts; a resumed run begins with a rollout of its own."""
 
-    def __init__(self, prompts: PlannedFeed | StreamFeed, collect: Collect, micro_tokens: int, steps_per_rollout: int):
-        self.prompts, self.collect, self.micro_tokens, self.per_rollout = (
-            prompts,
-            collect,
-            micro_tokens,
-            steps_per_rollout,
-        )
+    def __init__(
+        self, prompts: PlannedFeed | StreamFeed, collect: Collect, size: Callable[[Example], int], micro_tokens: int,
+        steps_per_rollout: int,
+    ):  # fmt: skip
+        self.prompts, self.collect, self.size = prompts, collect, size
+        self.micro_tokens, self.per_rollout = micro_tokens, steps_per_rollout
         self.fingerprint, self.settings = prompts.fingerprint, prompts.settings
         self.at_end_of_epoch, self._rollouts = False, 0
         self._before = self._position()
@@ -143,7 +142,7 @@ class RolloutFeed:
                     steps
                 ):  # what a checkpoint goes on from; in between that is the rollout's own beginning
                     self._before, self.at_end_of_epoch = self._position(), self.prompts.at_end_of_epoch
-                packs = best_fit([example.expanded().tokens for example in examples], self.micro_tokens)
+                packs = best_fit([self.size(example) for example in examples], self.micro_tokens)
                 yield [[examples[i] for i in sorted(pack)] for pack in packs]
 
 

@@ -18,8 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
 
-from fastpt.fusion.layout import Layout, attention_mask
-from fastpt.ops import attention
+from fastpt.errors import ModelError
+from fastpt.fusion.layout import KEYS, Layout, attention_mask
+from fastpt.ops import attention, embedding
 
 NAME = "fastpt"
 SINKS = "s_aux"  # by this keyword models pass them
@@ -30,7 +31,7 @@ HARMLESS = {
     *("position_ids", "use_cache", "cache_position", "past_key_values", "encoder_hidden_states", "token_type_ids"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "sliding_window", "is_causal", "layer_idx"),
     *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
-    *("num_items_in_batch", "shift_labels", "seq_idx"),
+    *("num_items_in_batch", "shift_labels", "seq_idx", KEYS),
 }
 
 _recorded: ContextVar[list[dict[str, Any]] | None] = ContextVar("recorded attention calls", default=None)
@@ -57,8 +58,8 @@ def attend(
     """
     queries, keys, cu_seqlens_q, cu_seqlens_k = layout.spans
     tokens = q.shape[0]
-    if keys is not None:
-        k, v = k.index_select(0, keys), v.index_select(0, keys)
+    if keys is not None:  # whose gradient is a sum in one order, where a token comes several times
+        k, v = (embedding(keys, t.flatten(1)).view(-1, *t.shape[1:]) for t in (k, v))
     if queries is not None:
         q = q.index_select(0, queries)
     out = attention(
@@ -86,12 +87,14 @@ def attention_forward(
         dropout = 0.0
     layout = attention_mask
     if isinstance(layout, Layout):
-        layout = layout.given(kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+        layout = layout.given(kwargs)
         is_served = layout.has_spans and query.shape[2] == layout.length == key.shape[2]
         if is_served and not extra.keys() - {SINKS} and dropout == 0 and not asks_for_weights(module, kwargs):
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in same_dtype(query, key, value))
             out = attend(q, k, v, layout, scale=scaling, softcap=softcap, sinks=kwargs.get(SINKS))
             return out.unflatten(0, (layout.batch, layout.length)), None
+    elif kwargs.get(KEYS) is not None:
+        raise ModelError(f"{type(module).__name__} makes a mask of its own, which knows nothing of shared keys")
     return _as_transformers_does(module, query, key, value, layout, dropout, scaling, softcap, kwargs)
 
 

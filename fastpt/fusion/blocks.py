@@ -134,7 +134,7 @@ class Recipe:
         layout, tables = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
         if not isinstance(layout, Layout):
             raise NotFusable("a dense mask, or keys from the cache")
-        layout = layout.given(kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+        layout = layout.given(kwargs)
         if not layout.has_spans or (layout.batch, layout.length) != tuple(hidden.shape[:2]):
             raise NotFusable("a mask that only a dense one can express")
         if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].shape[-1] > self.head_dim:

@@ -63,18 +63,22 @@ class ClassHead:
     def is_of_tokens(self) -> bool:
         return "TokenClassification" in type(self.model).__name__
 
-    def document_logits(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """hidden [T, D] of documents at cu_seqlens [N + 1] -> [N, C], float32."""
-        return self._logits(self._pooled(hidden, cu_seqlens)[:, None])
+    def document_logits(self, hidden: Tensor, cu_seqlens: Tensor, stops: Tensor | None = None) -> Tensor:
+        """hidden [T, D] of documents at cu_seqlens [N + 1] -> [N, C], float32.
+
+        Where documents share a prompt (of a decoder), `stops` [N] says where each ends.
+        """
+        stops = cu_seqlens[1:] if stops is None else stops
+        return self._logits(self._pooled(hidden, cu_seqlens, stops)[:, None])
 
     def token_logits(self, hidden: Tensor) -> Tensor:
         """hidden [T, D] -> [T, C], float32."""
         return self._logits(hidden[None])[0]
 
-    def _pooled(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, stops: Tensor) -> Tensor:
         """What of each document the head reads, [N, D]: a decoder's last token, an encoder's first, or the mean."""
         if is_causal(self.model):
-            return hidden.index_select(0, cu_seqlens[1:] - 1)
+            return hidden.index_select(0, stops - 1)
         if getattr(self.model.config, "classifier_pooling", None) == "mean":
             lengths = cu_seqlens.diff().long()
             return torch.segment_reduce(hidden, "mean", lengths=lengths, unsafe=True)

@@ -157,7 +157,7 @@ class EncoderRecipe:
         layout = given.get("attention_mask")
         if not isinstance(layout, Layout):
             raise NotFusable("a dense mask")
-        layout = layout.given(given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k"))
+        layout = layout.given(given)
         if not layout.has_spans or (layout.batch, layout.length) != tuple(hidden.shape[:2]):
             raise NotFusable("a mask that only a dense one can express")
         return layout

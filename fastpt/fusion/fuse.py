@@ -49,6 +49,9 @@ class Handle:
         self.stacks: list[str] = []  # module paths of encoders whose layers see real tokens alone
         self.heads: list[str] = []  # module paths of causal language models
         self.reasons: dict[str, str] = {}  # module path -> why it was left alone
+        self.no_sharing: str | None = (
+            None  # why it cannot share prompts (shared_prefix.py), "" when it can; None: unknown
+        )
 
     def remove(self) -> None:
         """Give every module its own forward back; under wrappers that others put on top since, ours pass through."""

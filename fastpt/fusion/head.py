@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastpt.errors import ModelError
+from fastpt.fusion.layout import KEYS
 from fastpt.fusion.projection import NotFusable, Projection
 from fastpt.ops import TeacherHead, TokenStats, linear_cross_entropy, linear_divergence, token_stats
 
@@ -45,14 +46,30 @@ def hidden_states(
     max_seqlen: int | None,
     attention_mask: Tensor | None = None,
     token_type_ids: Tensor | None = None,
+    keys: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor:
     """Hidden states of packed documents after the final norm, fused or not.
 
     Shapes: input_ids, position_ids and token_type_ids [T] or [B, S], positions restarting with each document at
     `first_position`; cu_seqlens int32 [N + 1] over the flattened tokens -> [T, D].
-    Raises: ModelError for a model without a backbone, and for a prompt-learning adapter.
+    A prompt before several documents need not be repeated: it is a sequence of its own then, and `keys` int64 [Tk] are the
+    tokens that the queries of each of the N sequences see, cu_seqlens_k int32 [N + 1] over them; the last query stands at the
+    last key (`fastpt.data.prefix.shared_keys` makes them).
+    Raises: ModelError for a model without a backbone, for a prompt-learning adapter, and, given keys, for a model that cannot
+    share prompts.
     """
     backbone = backbone_of(model)
+    if keys is not None:
+        from fastpt.fusion.shared_prefix import check_shares_prefix  # which asks here
+
+        check_shares_prefix(model)
+        if input_ids.numel() != input_ids.shape[-1] or attention_mask is not None:
+            raise ModelError(
+                f"keys are given for input_ids {list(input_ids.shape)}{'' if attention_mask is None else ' with a mask'}: "
+                "give one row of packed tokens without a mask"
+            )
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ModelError(
             "a prompt-learning adapter adds tokens of its own, which packed training cannot place; use LoRA"
@@ -64,10 +81,13 @@ def hidden_states(
         columns["token_type_ids"] = token_type_ids.view(-1, input_ids.shape[-1])
     lengths = {}
     if cu_seqlens is not None:
-        if len(cu_seqlens) > 2 and not _keeps_apart(backbone):
+        if len(cu_seqlens) > 2 and keys is None and not _keeps_apart(backbone):
             return _padded(backbone, columns, cu_seqlens, int(max_seqlen or 0))
-        lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-        lengths |= {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
+        if keys is None:
+            cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
+        lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens_k}
+        lengths |= {"max_length_q": max_seqlen, "max_length_k": max_seqlen_k}
+        lengths |= {} if keys is None else {KEYS: keys}
     outputs = backbone(**columns, attention_mask=attention_mask, use_cache=False, **lengths)
     return outputs.last_hidden_state.flatten(0, -2)
 

@@ -6,7 +6,7 @@ reads as cumulative sequence lengths. Patterns that cumulative lengths cannot ex
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from transformers import masking_utils
+
+from fastpt.errors import ModelError
+
+KEYS = "fastpt_keys"  # by this keyword models hand on the keys of sequences that share some
 
 
 class Spans(NamedTuple):
@@ -37,16 +41,27 @@ class Layout:
     padding: Tensor | None = None  # bool [B, S], True for real tokens
     documents: Tensor | None = None  # [B, S], tokens of one packed document share a number
     cu_seqlens: tuple[Tensor, Tensor] | None = None  # as the caller gave them, over the flattened batch
+    keys: Tensor | None = (
+        None  # int64, tokens that several sequences share come several times; the second cu_seqlens is theirs
+    )
     _packed: list[Layout] = field(default_factory=list)
     ndim: ClassVar[int] = 4  # as a mask's: what has two dimensions, transformers takes for the padding of rows
 
-    def given(self, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> Layout:
-        """The same layout with the caller's cumulative lengths, which save looking for documents (kept, all layers ask)."""
+    def given(self, call: Mapping[str, Any]) -> Layout:
+        """The same layout with what the caller knows of the sequences, which saves looking for them (kept, all layers ask).
+
+        Raises: ModelError for shared keys that the layout cannot take.
+        """
+        cu_seqlens_q, cu_seqlens_k, keys = (call.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", KEYS))
+        if keys is not None and (cu_seqlens_k is None or self.padding is not None or self.batch > 1 or not self.causal):
+            raise ModelError(
+                "keys are given for padded rows, or without causality: they are of one row of packed tokens"
+            )
         if cu_seqlens_q is None or cu_seqlens_k is None or self.padding is not None:
             return self
         if not self._packed or self._packed[0].cu_seqlens[0] is not cu_seqlens_q:  # type: ignore[index]
             given = (cu_seqlens_q.to(self.device, torch.int32), cu_seqlens_k.to(self.device, torch.int32))
-            self._packed[:] = [replace(self, documents=None, cu_seqlens=given, _packed=[])]
+            self._packed[:] = [replace(self, documents=None, cu_seqlens=given, keys=keys, _packed=[])]
         return self._packed[0]
 
     @property
@@ -64,7 +79,7 @@ class Layout:
         """One host sync at most, and only when padding or packing has to be found out."""
         rows = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device) * self.length
         if self.cu_seqlens is not None:
-            return Spans(None, None, *self.cu_seqlens)
+            return Spans(None, self.keys, *self.cu_seqlens)
         if self.documents is not None:
             starts = self.documents.diff(dim=1, prepend=self.documents[:, :1] - 1) != 0
             cu_seqlens = torch.cat([starts.flatten().nonzero().flatten().int(), rows[-1:]])
@@ -88,6 +103,8 @@ class Layout:
     @cached_property
     def dense(self) -> Tensor:  # [B, 1, S, S]
         """The boolean mask that says the same, for what the attention op does not do."""
+        if self.keys is not None:
+            return self._dense_of_keys
         index = torch.arange(self.length, device=self.device)
         distance = index[:, None] - index  # [S, S]
         seen = torch.ones_like(distance, dtype=torch.bool)
@@ -103,6 +120,22 @@ class Layout:
         if documents is not None:
             seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
         return seen if self.padding is None else seen & self.padding[:, None, None, :]
+
+    @property
+    def _dense_of_keys(self) -> Tensor:  # [1, 1, S, S]
+        """The same for keys that sequences share: which of them each query sees, then which tokens these are."""
+        assert self.keys is not None
+        assert self.cu_seqlens is not None
+        starts = self.cu_seqlens
+        places = [torch.arange(count, device=self.device) for count in (self.length, len(self.keys))]
+        sequence, key_sequence = (torch.bucketize(p, s, right=True) for p, s in zip(places, starts, strict=True))
+        # From the end of its sequence, where the last query stands at the last key.
+        query, key = (p - s[n] for p, s, n in zip(places, starts, (sequence, key_sequence), strict=True))
+        seen = (sequence[:, None] == key_sequence) & (key <= query[:, None])
+        if self.window is not None:
+            seen &= key > query[:, None] - self.window
+        tokens = torch.zeros(self.length, self.length, dtype=torch.int32, device=self.device)
+        return tokens.index_add_(1, self.keys, seen.int()).bool()[None, None]
 
     def contiguous(self) -> Tensor:
         """The dense mask: what generate() calls on the masks that it makes in advance for static caches."""

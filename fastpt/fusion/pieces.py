@@ -130,7 +130,7 @@ def gate_and_up(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class Heads(NamedTuple):
-    """What attention saves: of a padded batch only the N real tokens."""
+    """What attention saves: of a padded batch only the N real tokens; keys that sequences share are there once."""
 
     q: Tensor  # [N, H, K]
     k: Tensor  # [N, Hkv, K]
@@ -158,10 +158,11 @@ class Attention(NamedTuple):
         """[T, H, K], zero at queries left out, and what to save."""
         queries, keys, cu_seqlens_q, cu_seqlens_k = self.layout.spans
         tokens = q.shape[0]
-        k, v = (t if keys is None else t.index_select(0, keys) for t in (k, v))
+        seen = [t if keys is None else t.index_select(0, keys) for t in (k, v)]
         q = q if queries is None else q.index_select(0, queries)
         op = raw.attention_dropout if self.dropout_p > 0 else raw.attention
-        out, lse = op(q, k, v, cu_seqlens_q, cu_seqlens_k, *self._options)
+        out, lse = op(q, *seen, cu_seqlens_q, cu_seqlens_k, *self._options)
+        k, v = seen if self.layout.keys is None else (k, v)
         return scattered(out, queries, tokens), Heads(q, k, v, out, lse)
 
     def again(self, saved: Heads, tokens: int) -> Tensor:
@@ -172,14 +173,23 @@ class Attention(NamedTuple):
         queries, keys, cu_seqlens_q, cu_seqlens_k = self.layout.spans
         tokens = grad.shape[0]
         grad = grad if queries is None else grad.index_select(0, queries)
+        if (shared := self.layout.keys) is not None:
+            saved = saved._replace(k=saved.k.index_select(0, shared), v=saved.v.index_select(0, shared))
         op = raw.attention_dropout_backward if self.dropout_p > 0 else raw.attention_backward
         dq, dk, dv = op(grad, *saved, cu_seqlens_q, cu_seqlens_k, *self._options)
+        if shared is not None:
+            return dq, summed(dk, shared, tokens), summed(dv, shared, tokens)
         return scattered(dq, queries, tokens), scattered(dk, keys, tokens), scattered(dv, keys, tokens)
 
 
 def scattered(x: Tensor, index: Tensor | None, tokens: int) -> Tensor:
     """Rows of x at `index` of so many tokens, the others zero."""
     return x if index is None else x.new_zeros(tokens, *x.shape[1:]).index_copy_(0, index, x)
+
+
+def summed(x: Tensor, index: Tensor, tokens: int) -> Tensor:
+    """The same where rows share an index: their sum in float32, in one order and without atomics, rounded once."""
+    return raw.embedding_backward(x.flatten(1), index, tokens, -1, x.dtype).view(tokens, *x.shape[1:])
 
 
 APPROXIMATIONS = {"gelu_tanh": "tanh", "gelu": "none"}

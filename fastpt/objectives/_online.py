@@ -18,7 +18,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor
 
 from fastpt.adapters import is_fresh
-from fastpt.data.batches import Batch, collate
+from fastpt.data.batches import Batch
 from fastpt.data.example import Example
 from fastpt.data.files import Row
 from fastpt.data.pack import best_fit
@@ -159,7 +159,7 @@ class Online(Objective):
         )  # fmt: skip
         rewards = rewards.view(-1, self.group_size)
         groups = [
-            self._group(example, answers[at * self.group_size :][: self.group_size], rewards[at])
+            self._group(model, example, answers[at * self.group_size :][: self.group_size], rewards[at])
             for at, example in enumerate(examples)
         ]
         taught = [group for group in groups if group.trained and self._learns_from(group.rewards)]
@@ -190,16 +190,18 @@ class Online(Objective):
             total = total + losses.overlong_punishment(lengths, self.max_new_tokens, buffer)
         return found, total
 
-    def _group(self, prompt: Example, answers: list[list[int]], rewards: Tensor) -> Group:
+    def _group(self, model: Scorer, prompt: Example, answers: list[list[int]], rewards: Tensor) -> Group:
         masks = self.truncated == "mask"
         trained = [number for number, answer in enumerate(answers) if answer and not (masks and self._is_cut(answer))]
+        before = len(prompt.input_ids) - 1  # tokens before every answer, or once
+        once, each = (before, 1) if model.shares_prefix else (0, before + 1)
         room = 0
         parts: list[list[int]] = []
-        for number in trained:  # of at most micro_tokens each, with the prompt before each answer
-            size = len(prompt.input_ids) + len(answers[number])
+        for number in trained:  # of at most micro_tokens each
+            size = each + len(answers[number])
             if room < size or not parts:
                 parts.append([])
-                room = max(self._micro_tokens, size)
+                room = max(self._micro_tokens - once, size)
             parts[-1].append(number)
             room -= size
         examples = [joined(prompt, [answers[n] for n in part]) for part in parts]
@@ -234,10 +236,10 @@ class Online(Objective):
     ) -> list[np.ndarray]:
         """What `read` says of each trained token, an array for each example; without a gradient."""
         found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(examples)
-        sizes = [example.expanded().tokens for example in examples]
+        sizes = [model.size(example) for example in examples]
         with model.frozen():
             for pack in best_fit(sizes, self._micro_tokens):
-                values = read(model, collate([examples[i] for i in pack]).to(self._device)).cpu().numpy()
+                values = read(model, model.batch([examples[i] for i in pack])).cpu().numpy()
                 ends = np.cumsum([sum(examples[i].trained_tokens) for i in pack])
                 for i, part in zip(pack, np.split(values, ends[:-1]), strict=True):
                     found[i] = part

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fastpt.data.batches import Batch, collate
+from fastpt.data.batches import Batch
 from fastpt.data.example import Example
 from fastpt.data.pack import best_fit
 from fastpt.data.tokenised import Tokenised
@@ -59,7 +59,7 @@ def documents_values(
     with model.frozen():
         for pack in best_fit(lengths, micro_tokens):
             examples = [example(i) for i in pack]
-            values = read(model, collate(examples).to(model.device)).cpu().numpy()
+            values = read(model, model.batch(examples)).cpu().numpy()
             ends = np.cumsum([len(one.bounds) for one in examples])
             for i, part in zip(pack, np.split(values, ends[:-1]), strict=True):
                 found[i] = part

@@ -23,6 +23,16 @@ class Scorer(Protocol):
 
     has_reference: bool  # whether `reference()` can give the model as it was before training
 
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether a prompt before several documents is computed once."""
+
+    def batch(self, examples: list[Example]) -> Batch:
+        """The examples as one batch on the model's device; a prompt that several documents share is there once if it can be."""
+
+    def size(self, example: Example) -> int:
+        """Tokens that an example takes in such a batch."""
+
     def hidden(self, batch: Batch) -> Tensor:
         """[T, D] after the final norm; of an encoder-decoder, the decoder's."""
 

@@ -81,6 +81,7 @@ def test_documents_are_looked_for_once_per_forward():
     ours, _ = masks("causal", attention_mask=None, position_ids=positions)
     assert ours.spans is ours.spans
     given = torch.tensor([0, 9, 18], dtype=torch.int32)
-    assert ours.given(given, given) is ours.given(given, given)
-    assert ours.given(given, given).spans.cu_seqlens_q.tolist() == [0, 9, 18]
-    assert torch.equal(ours.given(given, given).dense[0, 0], torch.ones(9, 9).tril().bool())
+    lengths = {"cu_seq_lens_q": given, "cu_seq_lens_k": given}
+    assert ours.given(lengths) is ours.given(lengths)
+    assert ours.given(lengths).spans.cu_seqlens_q.tolist() == [0, 9, 18]
+    assert torch.equal(ours.given(lengths).dense[0, 0], torch.ones(9, 9).tril().bool())

@@ -181,7 +181,7 @@ def test_evaluation_takes_the_divergence_of_the_whole_set():
     batch = collate(examples)
     loss, measures = objective.loss(scorer, batch)
     for micro_tokens in (1, 4096):
-        found = evaluate_set(objective, scorer, scorer.model, data, micro_tokens, torch.device("cpu"))
+        found = evaluate_set(objective, scorer, scorer.model, data, micro_tokens)
         assert found["eval_loss"] == pytest.approx(float(loss.detach() / batch.count), rel=1e-5)
         assert found["eval_divergence"] == pytest.approx(float(measures["divergence"] / batch.count), rel=1e-5)
         good, bad = (float(x[0] / x[1]) for x in (measures["reward_desirable"], measures["reward_undesirable"]))

@@ -80,7 +80,7 @@ def test_a_group_may_be_cut_into_several_examples(tmp_path, kind):
 def test_micro_batches_hold_what_the_model_sees(tmp_path):
     trainer = prepared(tmp_path, objective={"group_size": 2}, max_length=128, micro_batch_tokens=100)
     micro = [
-        collate(examples).input_ids.numel()
+        trainer.scorer.batch(examples).input_ids.numel()
         for _, step in zip(range(3), trainer.feed, strict=False)
         for examples in step
     ]

@@ -95,7 +95,7 @@ def _our_loss(objective, now, old, reference, entropy, advantages, count):
     fields = {"old_logprobs": old, "ref_logprobs": reference, "advantages": advantages}
     batch = Batch(
         input_ids=None, position_ids=None, cu_seqlens=None, max_seqlen=0, targets=None, kept=torch.arange(len(now)),
-        kept_lengths=torch.tensor(LENGTHS), weights=None, count=count, places=[], tokens=0,
+        kept_lengths=torch.tensor(LENGTHS), stops=None, weights=None, count=count, places=[], tokens=0,
         fields=fields | {"rollout": torch.zeros(1, 2 * len(objective._names()))},
     )  # fmt: skip
     loss, metrics = objective.loss(_Fixed(leaf, entropy), batch)
