@@ -1,4 +1,4 @@
-"""What a trained classifier says of texts: classes with probabilities, numbers, or a tag for each word."""
+"""What a trained model says of texts: classes with probabilities, numbers, a tag for each word, or a translation."""
 
 from __future__ import annotations
 
@@ -32,11 +32,21 @@ def predict(model: nn.Module, tokenizer: Any, texts: Sequence[Any], *, micro_tok
     """By a model for sequence classification a Prediction for each text or pair of texts, in order.
 
     By one for token classification the tags of each sentence, which is a list of words, or a string that is split at its
-    blanks; None where the model reads nothing of a word. What is longer than the model's positions is cut at its end.
+    blanks; None where the model reads nothing of a word. What is longer than the model's positions is cut at its end. An
+    encoder-decoder's answer to a text is a text, greedy.
     """
     scorer = ModelScorer(model)
+    if causal_lm(model).config.is_encoder_decoder:
+        return _said(scorer, tokenizer, texts)
     run = _tags if scorer.class_head.is_of_tokens else _predictions
     return run(scorer, tokenizer, texts, micro_tokens)
+
+
+def _said(scorer: ModelScorer, tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    with scorer.frozen():
+        sources = [tokenizer(text)["input_ids"] for text in texts]
+        made = scorer.answers(sources, max_new_tokens=256, num_beams=1, do_sample=False)
+    return tokenizer.batch_decode(made, skip_special_tokens=True)
 
 
 def _predictions(scorer: ModelScorer, tokenizer: Any, texts: Sequence[Text], micro_tokens: int) -> list[Prediction]:

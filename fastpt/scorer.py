@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastpt.data.batches import Batch, collate
 from fastpt.data.example import Example
 from fastpt.fusion.class_head import ClassHead
+from fastpt.fusion.encoder_decoder import answers, decoder_states
 from fastpt.fusion.fuse import handle_of
 from fastpt.fusion.head import LanguageHead, first_position, hidden_states
 from fastpt.fusion.shared_prefix import shares_prefix
@@ -61,6 +62,8 @@ class ModelScorer:
         return example.tokens if not example.shares or self.shares_prefix else example.expanded().tokens
 
     def hidden(self, batch: Batch) -> Tensor:
+        if batch.source is not None:
+            return decoder_states(self.model, batch, batch.source)
         if self._noise is not None:
             self._noise.lengths = batch.cu_seqlens.diff()
         return hidden_states(
@@ -113,6 +116,9 @@ class ModelScorer:
     def reference(self) -> Iterator[None]:
         with self.frozen(), self.model.disable_adapter():  # type: ignore[operator]
             yield
+
+    def answers(self, sources: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        return answers(self.model, sources, **options)
 
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         return generate_tokens(self.model, prompts, **options)

@@ -51,6 +51,28 @@ _FAMILY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 4, "sliding_window": 7, **_MOE}),
 }
 
+_BOTH: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+_BART: dict[str, Any] = {
+    **_BOTH, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 512, "dropout": 0.0, "forced_eos_token_id": None,
+    "bos_token_id": 1, "init_std": 0.1,
+}  # fmt: skip
+ENCODER_DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bart": ("BartConfig", "BartForConditionalGeneration", _BART),
+    "marian": ("MarianConfig", "MarianMTModel", _BART),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {**_BOTH, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
+    ),
+}
+
 
 def tiny_model(family: str, *, seed: int = 0, cls: str | None = None, **config_overrides: Any):
     """A random 2-layer model of a family in float32, in eval mode; norm weights and biases are random too.
@@ -77,6 +99,8 @@ def tiny_model(family: str, *, seed: int = 0, cls: str | None = None, **config_o
         config_name, model_name = f"{name}Config", f"{name}ForSequenceClassification"
         settings = {key: _DECODER[key] for key in _DECODER if key not in ("num_key_value_heads", "head_dim")}
         settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+    elif family in ENCODER_DECODERS:
+        config_name, model_name, settings = ENCODER_DECODERS[family]
     else:
         raise ValueError(f"unknown family {family!r}, known: {', '.join({*FAMILIES, *ENCODERS})}")
     settings = {key: value for key, value in (settings | config_overrides).items() if value is not None}

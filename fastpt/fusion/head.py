@@ -6,7 +6,7 @@ the weight of a PEFT layer is the base weight, and a loss that reads it trains n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,6 +128,7 @@ class LanguageHead:
     model: Any
     softcap: float | None = None
     logit_scale: float = 1.0
+    extra_bias: Tensor | None = None  # [V], of a model that adds one of its own (BART's final_logits_bias)
 
     @classmethod
     def of(cls, model: nn.Module) -> LanguageHead:
@@ -140,10 +141,12 @@ class LanguageHead:
         module = get() if get is not None else None
         if module is None:
             raise ModelError(f"{type(inner).__name__} has no language head; load it with AutoModelForCausalLM")
-        backbone_of(model)
-        config = inner.config.get_text_config()
+        if not inner.config.is_encoder_decoder:  # whose parts are asked for by name
+            backbone_of(model)
+        config = inner.config.get_text_config(decoder=True)
         softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(inner, softcap, _logit_scale(config))
+        extra = getattr(inner, "final_logits_bias", None)
+        return cls(inner, softcap, _logit_scale(config), extra.flatten() if extra is not None and extra.any() else None)
 
     @property
     def module(self) -> nn.Module:
@@ -153,6 +156,7 @@ class LanguageHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [T, D] -> logits [T, V], as the model's own forward makes them."""
         logits = self.module(hidden) * self.logit_scale
+        logits = logits if self.extra_bias is None else logits + self.extra_bias
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def cross_entropy(
@@ -222,6 +226,8 @@ class LanguageHead:
         except NotFusable:
             return None
         is_served = head.magnitude is None and head.dropout_p == 0 and isinstance(head.weight, Tensor)
+        if is_served and self.extra_bias is not None:
+            head = replace(head, bias=self.extra_bias if head.bias is None else head.bias + self.extra_bias)
         return head if is_served else None
 
     @staticmethod
@@ -236,6 +242,8 @@ def _logit_scale(config: Any) -> float:
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
+    if getattr(config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+        return config.d_model**-0.5
     if getattr(config, "logits_scaling", None) is not None:  # Granite divides by it
         return float(config.logits_scaling) if config.model_type == "hyperclovax" else 1 / config.logits_scaling
     return 1.0

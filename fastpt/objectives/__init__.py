@@ -15,6 +15,7 @@ OBJECTIVES = {
     "classify": "fastpt.objectives.classify:Classify",
     "tag": "fastpt.objectives.tag:Tag",
     "distill": "fastpt.objectives.distill:Distill",
+    "seq2seq": "fastpt.objectives.seq2seq:Seq2Seq",
     "reward": "fastpt.objectives.reward:RewardModel",
     "dpo": "fastpt.objectives.dpo:DPO",
     "kto": "fastpt.objectives.kto:KTO",

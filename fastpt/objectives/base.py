@@ -64,6 +64,9 @@ class Scorer(Protocol):
     def of(self, model: Any) -> Scorer:
         """The same for another model, such as a copy that is not trained."""
 
+    def answers(self, sources: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+        """Of an encoder-decoder: what it says to each source; options are those of transformers' generate."""
+
     def generate(self, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
         """The tokens that follow each prompt; options are those of fastpt.generate.generate_tokens."""
 
