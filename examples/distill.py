@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--output", default="runs/distill")
     options = parser.parse_args()
     rows = [json.loads(line) for line in options.data.read_text().splitlines()]
-    held_out, rows = rows[: len(rows) // 20][:200], rows[len(rows) // 20 :][: options.rows]
+    held = max(1, min(200, len(rows) // 20))
+    columns = {"prompt": "question", "completion": "answer"}
+    held_out, rows = ({"path": part, "columns": columns} for part in (rows[:held], rows[held:][: options.rows]))
     teacher = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     distill = {"teacher": options.model, "beta": options.beta, "on_policy": options.on_policy, "max_new_tokens": 128}
     for name, objective in (("sft", {}), ("distill", distill)):

@@ -19,5 +19,8 @@ for word in red green blue one two; do echo "{\"prompt\": \"$word cat\", \"chose
 for objective in dpo kto reward; do
     toy examples/preferences.py --objective $objective --model "$scratch/model" --data "$scratch/pairs.jsonl" --output "$scratch/$objective"
 done
+toy examples/rlhf.py --model "$scratch/model" --data "$scratch/pairs.jsonl" --steps 2 --new-tokens 8 --output "$scratch/rlhf"
+for n in 1 2 3 4 5 6 7 8 9; do echo "{\"question\": \"red $n\", \"answer\": \"blue\"}"; done > "$scratch/sums.jsonl"
+toy examples/distill.py --model "$scratch/model" --data "$scratch/sums.jsonl" --rows 6 --output "$scratch/distill"
 toy -m fastpt merge "$scratch/toml" "$scratch/merged"
 echo "all examples ran"
