@@ -33,7 +33,8 @@ class NarrowHead(Head):
         self.wide = torch.promote_types(self.hidden.dtype, torch.float32)
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        return super().matmul(a, b) if a.is_cuda else (a.to(b.dtype) @ b).to(self.wide)
+        adds_up = len(a) == len(self.weight)  # a weight's gradient, a part of it from each chunk
+        return super().matmul(a, b) if a.is_cuda or adds_up else (a.to(b.dtype) @ b).to(self.wide)
 
 
 def row_divergence(z: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:

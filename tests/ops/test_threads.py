@@ -10,6 +10,7 @@ from tests.ops import (
     test_attention,
     test_layer_norm,
     test_linear_cross_entropy,
+    test_linear_divergence,
     test_lora_linear,
     test_rms_norm,
     test_rope,
@@ -44,6 +45,21 @@ def attention_case():
 def head_case(op, eager):
     *inputs, targets = test_linear_cross_entropy.make(TOKENS, 64, 700)
     return lambda h, w, b: op(h, w, targets, bias=b), lambda h, w, b: eager(h, w, b, targets), inputs
+
+
+def divergence_case():
+    inputs, teacher, _ = test_linear_divergence.make(TOKENS, 64, 700)
+    parts = torch.arange(TOKENS).split(170)  # a sum each: of a single one it is luck which rounding comes nearer
+
+    def op(h, w, b):
+        theirs = ops.TeacherHead(*(x.to(w.dtype) for x in teacher))
+        return torch.stack([ops.linear_divergence(h, w, theirs, kept, bias=b, beta=0.5) for kept in parts])
+
+    def eager(h, w, b):
+        theirs = [x.to(w.dtype) for x in teacher]
+        return torch.stack([test_linear_divergence.eager(h, w, b, theirs, kept, beta=0.5) for kept in parts])
+
+    return op, eager, inputs
 
 
 def cross_entropy_case():
@@ -91,6 +107,7 @@ CASES = {
     "geglu": lambda: (ops.geglu, lambda g, u: F.gelu(g, approximate="tanh") * u, activation()),
     "layer_norm": lambda: (test_layer_norm.fused, test_layer_norm.eager, test_layer_norm.leaves((TOKENS, 96))),
     "linear_cross_entropy": lambda: head_case(ops.linear_cross_entropy, test_linear_cross_entropy.eager),
+    "linear_divergence": divergence_case,
     "linear_group": lambda: (
         linear_group_as_layers, lambda x, *ws: tuple(F.linear(x, w) for w in ws), leaves((TOKENS, 64), (96, 64), (40, 64))
     ),
@@ -102,7 +119,16 @@ CASES = {
     "token_stats": lambda: head_case(stats, test_token_stats.eager),
 }  # fmt: skip
 # Their own tests hold them to equal bits at 1, 2 and 3 threads; most have no gradients.
-ELSEWHERE = {"adamw", "grad_norm", "decode_block", "decode_logits", "cross_entropy_and_gradient", "Layer", "TokenStats"}
+ELSEWHERE = {
+    "adamw",
+    "grad_norm",
+    "decode_block",
+    "decode_logits",
+    "cross_entropy_and_gradient",
+    "Layer",
+    "TokenStats",
+    "TeacherHead",
+}
 ELSEWHERE |= {"NF4Weight", "nf4_quantize", "nf4_dequantize", "nf4_linear", "adamw_8bit", "dora_norm", "grouped_linear"}
 
 
