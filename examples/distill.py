@@ -46,7 +46,7 @@ def main() -> None:
     columns = {"prompt": "question", "completion": "answer"}
     held_out, rows = ({"path": part, "columns": columns} for part in (rows[:held], rows[held:][: options.rows]))
     teacher = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
-    common = {"tokenizer": options.model, "max_length": 512, "quiet": True}
+    common = {"tokenizer": options.model, "max_length": 1024, "quiet": True}
     judge = {"name": "distill", "teacher": options.model}
 
     def tell(name: str, model: torch.nn.Module) -> None:

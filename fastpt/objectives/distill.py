@@ -119,6 +119,11 @@ class Distill(SFT):
         return token_measures(model, hidden, batch) | {"divergence": self._divergence(model, hidden, batch)}
 
     def _divergence(self, model: Scorer, hidden: Tensor, batch: Batch) -> Tensor:
+        if self._teacher is None:  # a plan of memory loads nothing
+            raise ConfigError(
+                "memory is not planned for a teacher: leave memory_limit out; plan its student with objective 'sft', and add the "
+                "size of the teacher's weights"
+            )
         return model.divergence(hidden, batch, model.of(self._teacher), beta=self.beta, temperature=self.temperature)
 
 

@@ -123,6 +123,11 @@ def test_no_model_teaches_itself():
     assert all(p.requires_grad for p in student.parameters())
 
 
+def test_a_plan_of_memory_with_a_teacher_is_refused(teacher):
+    with pytest.raises(ConfigError, match="not planned for a teacher: leave memory_limit out"):
+        fastpt.plan(tiny_model("llama"), objective={"name": "distill", "teacher": teacher}, max_length=64)
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(teacher):
     objective = objective_of(tiny_model("llama", vocab_size=64))
     with pytest.raises(ConfigError, match="tells 64 tokens apart, the tokenizer knows"):
