@@ -46,17 +46,22 @@ def main() -> None:
     columns = {"prompt": "question", "completion": "answer"}
     held_out, rows = ({"path": part, "columns": columns} for part in (rows[:held], rows[held:][: options.rows]))
     teacher = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
-    distill = {"teacher": options.model, "beta": options.beta, "on_policy": options.on_policy, "max_new_tokens": 128}
-    for name, objective in (("sft", {}), ("distill", distill)):
+    common = {"tokenizer": options.model, "max_length": 1024, "quiet": True}
+    judge = {"name": "distill", "teacher": options.model}
+
+    def tell(name: str, model: torch.nn.Module) -> None:
+        found = fastpt.evaluate(model, held_out, judge, **common)
+        shown = ", ".join(f"{k} {found[k]:.3f}" for k in ("loss", "token_accuracy", "divergence"))
+        print(f"{name}: {shown} on {held} held-out rows", flush=True)
+
+    tell("before", every_other_layer(teacher))
+    distill = judge | {"beta": options.beta, "on_policy": options.on_policy, "max_new_tokens": 128}
+    for objective in ({"name": "sft"}, distill):
         run = fastpt.train(
-            model=every_other_layer(teacher), tokenizer=options.model, data=rows, eval_data=held_out,
-            objective={"name": name, **objective}, method="full", batch_rows=16, max_length=512,
-            optim={"lr": options.lr}, seed=options.seed, output=f"{options.output}/{name}", quiet=True,
+            model=every_other_layer(teacher), data=rows, objective=objective, method="full", batch_rows=16,
+            optim={"lr": options.lr}, seed=options.seed, output=f"{options.output}/{objective['name']}", **common,
         )  # fmt: skip
-        print(
-            f"{name}: {json.dumps({k: round(v, 4) for k, v in run.metrics.items() if isinstance(v, float)})}",
-            flush=True,
-        )
+        tell(f"{objective['name']}, {run.metrics['seconds']:.0f} s", run.model)
 
 
 if __name__ == "__main__":

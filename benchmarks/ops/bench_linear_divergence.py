@@ -19,7 +19,7 @@ def eager(hidden, weight, teacher, kept):
 
 
 def cases(device: str, dtype: torch.dtype, toy: bool) -> Iterator[Case]:
-    tokens, width, vocab = (8, 16, 40) if toy else (512, 576, 49152)
+    tokens, width, vocab = (8, 16, 40) if toy else (1024, 576, 49152)
     hidden = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocab, width, device=device, dtype=dtype) / width**0.5
     teacher = TeacherHead(
@@ -28,10 +28,10 @@ def cases(device: str, dtype: torch.dtype, toy: bool) -> Iterator[Case]:
     )
     kept = torch.arange(tokens, device=device)
     functions = {"fastpt": linear_divergence, "eager": eager}
-    calls = {}
-    for name, function in functions.items():
-        loss = partial(function, weight=weight, teacher=teacher, kept=kept)
-        calls[name] = lambda loss=loss: forward_backward(loss, hidden)
+    calls = {
+        name: forward_backward(partial(function, weight=weight, teacher=teacher, kept=kept), hidden)
+        for name, function in functions.items()
+    }
     wants = [True, False, False, False, False]
     cost = OPS["linear_divergence"].cost(
         hidden, weight, None, None, None, None, 1.0, *teacher[:2], None, None, 1.0, kept, None, 0.0, 1.0, wants

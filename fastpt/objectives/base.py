@@ -121,14 +121,7 @@ class Objective(Node):
 
     def evaluate(self, model: Scorer, batch: Batch) -> dict[str, Any]:
         """Sums over the batch, as `loss` gives them, or lists, which are joined."""
-        stats = model.stats(model.hidden(batch), batch)
-        kept = batch.kept
-        weights = 1.0 if batch.weights is None else batch.weights
-        return {
-            "loss": -(stats.logprob[kept] * weights).sum(),
-            "token_accuracy": (stats.is_top1[kept] * weights).sum(),
-            "entropy": (stats.entropy[kept] * weights).sum(),
-        }
+        return token_measures(model, model.hidden(batch), batch)
 
     def summarise(self, sums: dict[str, Any], count: float) -> dict[str, float]:
         """The metrics of an evaluation from what `evaluate` gave; the trainer needs none by name but `best_metric`."""
@@ -136,6 +129,18 @@ class Objective(Node):
         if "token_accuracy" in found:
             found["perplexity"] = math.exp(min(found["loss"], 700.0))
         return found
+
+
+def token_measures(model: Scorer, hidden: Tensor, batch: Batch) -> dict[str, Any]:
+    """Sums over the batch's (weighted) targets: loss, token accuracy and entropy."""
+    stats = model.stats(hidden, batch)
+    kept = batch.kept
+    weights = 1.0 if batch.weights is None else batch.weights
+    return {
+        "loss": -(stats.logprob[kept] * weights).sum(),
+        "token_accuracy": (stats.is_top1[kept] * weights).sum(),
+        "entropy": (stats.entropy[kept] * weights).sum(),
+    }
 
 
 def ratio(value: Tensor, count: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +17,10 @@ from fastpt.errors import ConfigError, DataError
 from fastpt.fusion import fuse
 from fastpt.generate import stop_tokens
 from fastpt.objectives._rollouts import OwnEngine, seeded
-from fastpt.objectives.base import Prepare, Scorer
+from fastpt.objectives.base import Prepare, Scorer, token_measures
 from fastpt.objectives.sft import SFT
+
+GIVEN = "given"  # the field that says whether a row's answer is the data's (1) or the student's own (0)
 
 
 class Distill(SFT):
@@ -53,6 +56,10 @@ class Distill(SFT):
 
     def attach(self, model: Any, device: Any, dtype: Any) -> None:
         self._model, self._seed = model, torch.initial_seed()
+        if any(part is self.teacher for part in model.modules()):
+            raise ConfigError(
+                "objective.teacher is the model that is trained, which would teach itself what it is: give its path or a copy"
+            )
         if isinstance(self.teacher, nn.Module):
             self._teacher = self.teacher.to(device)
         else:
@@ -90,11 +97,12 @@ class Distill(SFT):
                 self.sampling_temperature,
                 1.0,
             )
-        examples = list(examples)
+        made = [replace(example, fields=example.fields | {GIVEN: np.ones(1, np.float32)}) for example in examples]
         for i, prompt, answer in zip(asked, prompts, answers, strict=True):
             ids = np.array([*prompt, *answer], np.int32)
-            examples[i] = Example(ids, np.arange(len(ids)) >= len(prompt), None, examples[i].place)
-        return [examples]
+            fields = {GIVEN: np.zeros(1, np.float32)}
+            made[i] = Example(ids, np.arange(len(ids)) >= len(prompt), None, examples[i].place, fields=fields)
+        return [made]
 
     def loss(self, model: Scorer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         hidden = model.hidden(batch)
@@ -102,15 +110,29 @@ class Distill(SFT):
         total = (1 - self.cross_entropy) * divergence
         if self.cross_entropy:
             options = {"label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
-            total = total + self.cross_entropy * model.cross_entropy(hidden, batch, **options)
+            total = total + self.cross_entropy * model.cross_entropy(hidden, _given(batch), **options)
         return total, {"divergence": divergence}
 
     def evaluate(self, model: Scorer, batch: Batch) -> dict[str, Any]:
         """The measures of `sft`, the loss among them, and the divergence."""
-        return super().evaluate(model, batch) | {"divergence": self._divergence(model, model.hidden(batch), batch)}
+        hidden = model.hidden(batch)
+        return token_measures(model, hidden, batch) | {"divergence": self._divergence(model, hidden, batch)}
 
     def _divergence(self, model: Scorer, hidden: Tensor, batch: Batch) -> Tensor:
+        if self._teacher is None:  # a plan of memory loads nothing
+            raise ConfigError(
+                "memory is not planned for a teacher: leave memory_limit out; plan its student with objective 'sft', and add the "
+                "size of the teacher's weights"
+            )
         return model.divergence(hidden, batch, model.of(self._teacher), beta=self.beta, temperature=self.temperature)
+
+
+def _given(batch: Batch) -> Batch:
+    """The batch for the cross-entropy, in which the student's own answers weigh nothing: there they teach only noise."""
+    if GIVEN not in batch.fields:
+        return batch
+    weights = batch.fields[GIVEN].repeat_interleave(batch.kept_lengths, output_size=len(batch.kept))
+    return replace(batch, weights=weights if batch.weights is None else weights * batch.weights)
 
 
 def _prompt(example: Example) -> list[int]:

@@ -71,9 +71,10 @@ def reference(
     total = hidden.new_zeros((), dtype=torch.float64)
     start = 0
     for chunk in student.chunks(kept):
-        for rows in chunk.split(max(1, len(chunk) // PARTS)):
+        for rows in chunk.split(-(-len(chunk) // PARTS)):
             z, theirs = student.logits(rows), teacher.logits(rows)
-            found, dz = row_divergence(z / temperature, theirs.div_(temperature), beta)
+            scaled = z.div_(temperature) if softcap is None else z / temperature  # a cap's gradient needs the logits
+            found, dz = row_divergence(scaled, theirs.div_(temperature), beta)
             if row_weight is not None:
                 weights = row_weight[start : start + len(rows)].to(found.dtype)
                 found, dz = found * weights, dz.mul_(weights[:, None].to(dz.dtype))

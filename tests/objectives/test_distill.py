@@ -1,6 +1,7 @@
 """Distillation: the divergence of transformers' logits, invariance, own answers, and what does not fit."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,36 @@ def test_own_answers_follow_the_prompts_and_depend_on_the_step_alone(teacher):
     text = Example(np.arange(5, dtype=np.int32), np.ones(5, bool), None, "texts.jsonl:7")
     with pytest.raises(DataError, match=r"texts.jsonl:7 has no prompt for the student to answer: give prompts"):
         objective.collect(scorer, [text], 1)
+
+
+def test_own_answers_have_no_cross_entropy(teacher):
+    """They are the student's samples, of which the cross-entropy teaches nothing but noise."""
+    settings = {"on_policy": 0.5, "max_new_tokens": 5, "cross_entropy": 0.25}
+    objective = objective_of(teacher, **settings)
+    student, examples = tiny_model("llama").eval(), some_examples(6)
+    examples[0] = replace(examples[0], weights=np.full(len(examples[0].input_ids), 0.5, np.float32))
+    objective._model, objective._tokenizer = student, tiny_tokenizer()
+    scorer = ModelScorer(student)
+    (made,) = objective.collect(scorer, examples, 1)
+    given = [a for a, b in zip(made, examples, strict=True) if np.array_equal(a.input_ids, b.input_ids)]
+    assert 0 < len(given) < len(made)
+    loss, metrics = objective.loss(scorer, collate(made))
+    batch = collate(given)
+    expected = 0.75 * metrics["divergence"] + 0.25 * scorer.cross_entropy(scorer.hidden(batch), batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_model_teaches_itself():
+    student = tiny_model("llama")
+    objective = make_objective({"name": "distill", "teacher": student})
+    with pytest.raises(ConfigError, match=r"teacher is the model that is trained.*give its path or a copy"):
+        objective.attach(torch.nn.ModuleList([student]), torch.device("cpu"), torch.float32)
+    assert all(p.requires_grad for p in student.parameters())
+
+
+def test_a_plan_of_memory_with_a_teacher_is_refused(teacher):
+    with pytest.raises(ConfigError, match="not planned for a teacher: leave memory_limit out"):
+        fastpt.plan(tiny_model("llama"), objective={"name": "distill", "teacher": teacher}, max_length=64)
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(teacher):
