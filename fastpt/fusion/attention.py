@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
@@ -24,6 +25,7 @@ from fastpt.ops import attention, embedding
 
 NAME = "fastpt"
 SINKS = "s_aux"  # by this keyword models pass them
+BIAS = "position_bias"  # and by this one what T5 adds to the scores
 
 # What models pass through **kwargs that says nothing about which token sees which; anything else set sends the call
 # to transformers' own path.
@@ -50,11 +52,11 @@ def recording() -> Iterator[list[dict[str, Any]]]:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, *, scale: float | None, softcap: float | None,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, dropout_p: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Attention over the flattened tokens of a layout; padded queries get 0 where their row is causal.
 
-    Shapes: q [T, Hq, K], k, v [T, Hkv, K] with T = B * S -> [T, Hq, K].
+    Shapes: q [T, Hq, K], k, v [Tk, Hkv, K] with T = B * S, and Tk the same or the layout's sources -> [T, Hq, K].
     """
     queries, keys, cu_seqlens_q, cu_seqlens_k = layout.spans
     tokens = q.shape[0]
@@ -65,8 +67,45 @@ def attend(
     out = attention(
         q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         causal=layout.causal, window=layout.window, softcap=softcap, scale=scale, sinks=sinks,
+        dropout_p=dropout_p,
     )  # fmt: skip
     return out if queries is None else out.new_zeros(tokens, *out.shape[1:]).index_copy(0, queries, out)
+
+
+def biased(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, bias: Tensor, *, scale: float | None, dropout_p: float
+) -> Tensor:
+    """The same with a bias [1, H, longest, longest] by the places of query and key in their document, for packed tokens.
+
+    The op takes none, so documents become padded rows for scaled_dot_product_attention, and its alone.
+    """
+    assert layout.cu_seqlens is not None
+    rows, places, are_real = zip(
+        *(_rows_of(starts, x.shape[0], most) for starts, x, most in zip(layout.cu_seqlens, (q, k), bias.shape[-2:], strict=True)),
+        strict=True,
+    )  # fmt: skip
+    queries, keys, values = (
+        embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:]).transpose(1, 2)
+        for index, x in ((rows[0], q), (rows[1], k), (rows[1], v))
+    )
+    seen = are_real[1][:, None, None, :]  # [N, 1, 1, longest]
+    if layout.causal:
+        seen = seen & torch.ones(bias.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    # The lowest number, not -inf: padded queries may see nothing, and a softmax over that is no number.
+    mask = torch.where(seen, bias.to(q.dtype), torch.finfo(q.dtype).min)
+    out = F.scaled_dot_product_attention(queries, keys, values, mask, dropout_p, scale=scale)
+    return embedding(places[0], out.transpose(1, 2).flatten(0, 1).flatten(1)).view(q.shape)
+
+
+def _rows_of(cu_seqlens: Tensor, tokens: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of packed documents as rows of `most`: the token at each place [N, most], each token's place [T], which are real."""
+    starts, lengths = cu_seqlens[:-1, None], cu_seqlens.diff()[:, None]
+    place = torch.arange(most, device=cu_seqlens.device)
+    token = torch.arange(tokens, device=cu_seqlens.device)
+    document = torch.bucketize(token, cu_seqlens, right=True) - 1
+    is_real = place < lengths
+    index = (starts + place).masked_fill(~is_real, 0)
+    return index.long(), document * most + token - cu_seqlens[document], is_real
 
 
 def attention_forward(
@@ -88,11 +127,19 @@ def attention_forward(
     layout = attention_mask
     if isinstance(layout, Layout):
         layout = layout.given(kwargs)
-        is_served = layout.has_spans and query.shape[2] == layout.length == key.shape[2]
-        if is_served and not extra.keys() - {SINKS} and dropout == 0 and not asks_for_weights(module, kwargs):
+        is_served = layout.has_spans and layout.shape[2:] == (query.shape[2], key.shape[2])
+        if is_served and not extra.keys() - {SINKS, BIAS} and not asks_for_weights(module, kwargs):
             q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in same_dtype(query, key, value))
-            out = attend(q, k, v, layout, scale=scaling, softcap=softcap, sinks=kwargs.get(SINKS))
-            return out.unflatten(0, (layout.batch, layout.length)), None
+            sinks, bias = kwargs.get(SINKS), kwargs.get(BIAS)
+            if bias is not None and bias.numel() == 1:
+                bias = None  # the same for all scores, it changes none of their weights
+            out = None
+            if bias is None and (sinks is None or dropout == 0):
+                out = attend(q, k, v, layout, scale=scaling, softcap=softcap, sinks=sinks, dropout_p=dropout)
+            elif layout.cu_seqlens is not None and softcap is sinks is None:
+                out = biased(q, k, v, layout, bias, scale=scaling, dropout_p=dropout)
+            if out is not None:
+                return out.unflatten(0, (layout.batch, layout.length)), None
     elif kwargs.get(KEYS) is not None:
         raise ModelError(f"{type(module).__name__} makes a mask of its own, which knows nothing of shared keys")
     return _as_transformers_does(module, query, key, value, layout, dropout, scaling, softcap, kwargs)

@@ -26,6 +26,7 @@ from fastpt.fusion.encoder_recipe import (
 from fastpt.fusion.experts import check_experts, innermost, looks_like_experts, wrapper_forward
 from fastpt.fusion.explain import Row, rows_of, show
 from fastpt.fusion.patch import Patch, patch_of
+from fastpt.fusion.positions import position_patches
 from fastpt.fusion.projection import NotFusable
 from fastpt.fusion.recognise import block_recipe, looks_like_block, norm_recipe, verified
 from fastpt.ops import embedding, layer_norm, rms_norm
@@ -49,9 +50,9 @@ class Handle:
         self.stacks: list[str] = []  # module paths of encoders whose layers see real tokens alone
         self.heads: list[str] = []  # module paths of causal language models
         self.reasons: dict[str, str] = {}  # module path -> why it was left alone
-        self.no_sharing: str | None = (
-            None  # why it cannot share prompts (shared_prefix.py), "" when it can; None: unknown
-        )
+        # Why it cannot share prompts (shared_prefix.py), or take packed sources (encoder_decoder.py); "": it can; None: unknown
+        self.no_sharing: str | None = None
+        self.no_packing: str | None = None
 
     def remove(self) -> None:
         """Give every module its own forward back; under wrappers that others put on top since, ours pass through."""
@@ -103,6 +104,8 @@ def fuse(model: nn.Module) -> Handle:
         _fuse_embeddings(handle, model, inside)
         for path, module in named:
             _fuse_head(handle, path, module)
+        if any(module.config.is_encoder_decoder for _, module in named):
+            handle.patches += position_patches(model)
     except BaseException:
         handle.remove()
         raise
@@ -141,7 +144,8 @@ def _use_attention(handle: Handle, path: str, module: Any) -> None:
         or getattr(module, "base_model", module) is not module
     ):
         return
-    if not module._supports_attention_backend or not module._can_set_attn_implementation():
+    is_known = module._supports_attention_backend or config.is_encoder_decoder  # whose masks come from the same table
+    if not is_known or not module._can_set_attn_implementation():
         handle.reasons[path] = "its attention does not go through transformers' attention table"
         return
     handle.backbones[path] = config, config._attn_implementation_internal

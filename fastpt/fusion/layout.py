@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from fastpt.data.batches import Packed
 from fastpt.errors import ModelError
 
 KEYS = "fastpt_keys"  # by this keyword models hand on the keys of sequences that share some
@@ -31,7 +32,7 @@ class Spans(NamedTuple):
 
 @dataclass(eq=False)
 class Layout:
-    """A batch of B rows of S tokens, and which of them see each other."""
+    """A batch of B rows of S tokens, and which keys they see: their own, or those of `sources` other tokens."""
 
     batch: int
     length: int
@@ -44,6 +45,8 @@ class Layout:
     keys: Tensor | None = (
         None  # int64, tokens that several sequences share come several times; the second cu_seqlens is theirs
     )
+    sources: int | None = None  # of an encoder, which a decoder's tokens see; the second cu_seqlens is theirs
+    longest: tuple[int, int] | None = None  # most queries and keys of a sequence, where the caller knows
     _packed: list[Layout] = field(default_factory=list)
     ndim: ClassVar[int] = 4  # as a mask's: what has two dimensions, transformers takes for the padding of rows
 
@@ -63,6 +66,20 @@ class Layout:
             given = (cu_seqlens_q.to(self.device, torch.int32), cu_seqlens_k.to(self.device, torch.int32))
             self._packed[:] = [replace(self, documents=None, cu_seqlens=given, keys=keys, _packed=[])]
         return self._packed[0]
+
+    @classmethod
+    def of_packed(cls, queries: Packed, keys: Packed | None = None, *, causal: bool) -> Layout:
+        """One row of packed documents, whose tokens see their own document or, given keys, the n-th document of those."""
+        seen = queries if keys is None else keys
+        return cls(
+            1, queries.input_ids.shape[1], queries.input_ids.device, causal, cu_seqlens=(queries.cu_seqlens, seen.cu_seqlens),
+            sources=None if keys is None else keys.input_ids.shape[1], longest=(queries.max_seqlen, seen.max_seqlen),
+        )  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[B, 1, queries, keys], of the mask that says the same."""
+        return self.batch, 1, self.length, self.length if self.sources is None else self.sources
 
     @property
     def has_spans(self) -> bool:
@@ -105,6 +122,8 @@ class Layout:
         """The boolean mask that says the same, for what the attention op does not do."""
         if self.keys is not None:
             return self._dense_of_keys
+        if self.sources is not None:
+            return self._dense_of_sources
         index = torch.arange(self.length, device=self.device)
         distance = index[:, None] - index  # [S, S]
         seen = torch.ones_like(distance, dtype=torch.bool)
@@ -120,6 +139,16 @@ class Layout:
         if documents is not None:
             seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
         return seen if self.padding is None else seen & self.padding[:, None, None, :]
+
+    @property
+    def _dense_of_sources(self) -> Tensor:  # [1, 1, S, sources]
+        assert self.cu_seqlens is not None
+        assert self.sources is not None
+        own, theirs = (
+            torch.bucketize(torch.arange(count, device=self.device), starts, right=True)
+            for count, starts in zip((self.length, self.sources), self.cu_seqlens, strict=True)
+        )
+        return (own[:, None] == theirs)[None, None]
 
     @property
     def _dense_of_keys(self) -> Tensor:  # [1, 1, S, S]

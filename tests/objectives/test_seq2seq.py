@@ -1,6 +1,7 @@
 """Encoder-decoders: loss and gradients of transformers' own model, invariance, BLEU, and what does not fit."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import fastpt
 from fastpt.data.batches import collate
 from fastpt.data.files import Records
 from fastpt.errors import ConfigError, DataError, ModelError
+from fastpt.fusion import encoder_decoder
 from fastpt.objectives import make_objective
 from fastpt.scorer import ModelScorer
 from tests.objectives.invariance import check_invariance
@@ -62,6 +64,60 @@ def test_loss_and_gradients_are_transformers(family, smoothing, is_fused):
     for name, p in model.named_parameters():
         if name in grads:
             torch.testing.assert_close(p.grad, grads[name], rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_sides_are_packed(family, monkeypatch):
+    model = model_of(family)
+    handle = fastpt.fuse(model)
+    assert encoder_decoder.takes_packed(handle), handle.no_packing
+    monkeypatch.setattr(encoder_decoder, "_states_of_rows", None)
+    objective, examples = prepared(model)
+    objective.loss(ModelScorer(model), collate(examples))[0].backward()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_layers_give_the_same_gradients(family):
+    grads, start = [], model_of(family).train()
+    for recomputes in (False, True):
+        model = copy.deepcopy(start)
+        fastpt.fuse(model)
+        if recomputes:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        objective, examples = prepared(model)
+        objective.loss(ModelScorer(model), collate(examples))[0].backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropped_attention_weights_are_right_on_average(family):
+    model = tiny_model(family, **{"dropout_rate" if family == "t5" else "attention_dropout": 0.1})
+    fastpt.fuse(model)
+    objective, examples = prepared(model)
+    batch, scorer = collate(examples), ModelScorer(model)
+    with torch.no_grad():
+        without = float(objective.loss(scorer, batch)[0])
+        model.train()
+        torch.manual_seed(0)
+        losses = torch.stack([objective.loss(scorer, batch)[0] for _ in range(40)])
+    assert losses.std() > 1e-4 * losses.mean()
+    assert float(losses.mean()) == pytest.approx(without, rel=0.05)
+
+
+def test_a_model_that_numbers_tokens_otherwise_gets_padded_rows(monkeypatch):
+    model = model_of("bart")
+    plain = copy.deepcopy(model)
+    # As if its positions were unknown.
+    monkeypatch.setattr(sys.modules["fastpt.fusion.fuse"], "position_patches", lambda module: [])
+    handle = fastpt.fuse(model)
+    assert not encoder_decoder.takes_packed(handle)
+    assert "hidden states are others" in handle.no_packing
+    objective, examples = prepared(model)
+    losses = [objective.loss(ModelScorer(one), collate(examples))[0] for one in (model, plain)]
+    torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
