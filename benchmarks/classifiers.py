@@ -1,4 +1,4 @@
-"""The peers that train a classifier on rows of text: transformers' Trainer in both precisions, and with fastpt.fuse on the model.
+"""The peers that train a classifier on rows of text: fastpt, and transformers' Trainer in both precisions and with fastpt.fuse.
 
 Dropout as the model's config has it, rows padded to the longest of their batch by transformers' own collator.
 """
@@ -8,7 +8,34 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-from benchmarks.peers import AfterStep, Peer, device, reporting
+import torch
+
+from benchmarks.peers import AfterStep, FastptPeer, Job, Peer, arguments, device, reporting
+
+
+def classes(job: Job) -> int:
+    return max(row.label for row in job.rows) + 1
+
+
+def classifier(job: Job, dtype: torch.dtype) -> torch.nn.Module:
+    """The encoder under a new head, the same for all."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=classes(job))
+    return model.to(device(), dtype).train()
+
+
+class FastptClassifier(FastptPeer):
+    """fastpt.train."""
+
+    def load(self, dtype: torch.dtype) -> torch.nn.Module:
+        return classifier(self.job, dtype)
+
+    def settings(self) -> dict[str, Any]:
+        objective = {"name": "classify", "labels": [str(label) for label in range(classes(self.job))]}
+        rows = [{"text": row.text, "label": str(row.label)} for row in self.job.rows]
+        return {"rows": rows, "objective": objective, "tokenizer": self.job.model, "max_length": self.job.length}
 
 
 class HfTrainer(Peer):
@@ -19,13 +46,9 @@ class HfTrainer(Peer):
     is_fused = False
 
     def build(self) -> None:
-        import torch
-        from transformers import AutoModelForSequenceClassification, Trainer  # noqa: F401
+        from transformers import Trainer  # noqa: F401
 
-        torch.manual_seed(0)  # of the new head
-        labels = max(row.label for row in self.job.rows) + 1
-        self.model = AutoModelForSequenceClassification.from_pretrained(self.job.model, num_labels=labels)
-        self.model.float().to(device()).train()
+        self.model = classifier(self.job, torch.float32)
 
     def train(self, after_step: AfterStep) -> None:
         from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
@@ -35,15 +58,9 @@ class HfTrainer(Peer):
 
             self.handle = fastpt.fuse(self.model)
         with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                output_dir=folder, use_cpu=device() == "cpu", bf16=self.is_bf16 and not self.job.is_fp32,
-                per_device_train_batch_size=self.job.batch_rows, num_train_epochs=1, learning_rate=self.job.lr,
-                lr_scheduler_type="constant", train_sampling_strategy="sequential", save_strategy="no",
-                report_to="none", disable_tqdm=True,
-            )  # fmt: skip
             trainer: Any = reporting(Trainer, after_step)(
                 model=self.model,
-                args=arguments,
+                args=TrainingArguments(**arguments(self.job, folder), bf16=self.is_bf16 and not self.job.is_fp32),
                 train_dataset=[{"input_ids": row.input_ids, "labels": row.label} for row in self.job.rows],
                 data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(self.job.model)),
             )
@@ -63,6 +80,7 @@ class HfTrainerFused(HfTrainerBf16):
 
 
 CLASSIFIERS: dict[str, type[Peer]] = {
+    "fastpt": FastptClassifier,
     "hf-trainer": HfTrainer,
     "hf-trainer-bf16": HfTrainerBf16,
     "hf-trainer+fuse": HfTrainerFused,

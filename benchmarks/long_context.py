@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import harness, rows, toy
-from benchmarks.peers import Job, save_adapter
+from benchmarks.peers import Fastpt, Job, save_adapter
 from benchmarks.train_step import Contestant, take_turns, versions
 
 TOKENS = 2048  # of a step, at least
@@ -32,7 +32,7 @@ def contestants(model: str, data: Path, lengths: list[int], steps: int, rounds: 
         batch = -(-TOKENS // length)
         examples = rows.load("packed", tokenizer, data, count=batch * rounds * (1 + steps), length=length)
         job = Job(model, adapter, examples, batch, lr=2e-4)
-        found.append(Contestant("fastpt", job, 1 + steps, Path(folder) / f"{length}.log"))
+        found.append(Contestant("fastpt", Fastpt, job, 1 + steps, Path(folder) / f"{length}.log"))
     return found
 
 

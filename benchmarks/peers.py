@@ -1,4 +1,4 @@
-"""Who takes part in the training benchmark, each as its users would run it: fastpt, TRL and a hand-written loop.
+"""Who takes part in the benchmark of fine-tuning, each as its users would run it, and what peers of all objectives share.
 
 A peer is built once (model and adapter in memory), then trains on the rows in their order, one optimizer step per batch, and
 calls `after_step(loss, tokens)` after each. AdamW, a fixed learning rate, no weight decay and a gradient clip of 1 for all.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.rows import IGNORED, Row
 
-AfterStep = Callable[[float, int], None]
+AfterStep = Callable[..., None]  # (loss, tokens), and of online RL the seconds of its rollouts
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Job:
 
     model: str
     adapter: str | None  # folder of the saved adapter that all start from; None trains all weights
-    rows: list[Any]  # of Row, or of LabelledRow for classifiers
+    rows: list[Any]  # as the objective has them: benchmarks/rows.py
     batch_rows: int
     lr: float
+    length: int = 512  # tokens a row at most; of online RL, of an answer
     is_fp32: bool = False  # all peers in float32, for comparing losses; else each in its own precision
     is_quantised: bool = False  # the base in NF4: by fastpt itself, or by bitsandbytes for the others
 
@@ -189,11 +190,8 @@ class Trl(Peer):
             self.handle = fastpt.fuse(self.model)
         with tempfile.TemporaryDirectory() as folder:
             config = SFTConfig(
-                output_dir=folder, use_cpu=device() == "cpu", bf16=not self.job.is_fp32,
-                per_device_train_batch_size=self.job.batch_rows, num_train_epochs=1, max_length=None,
+                **arguments(self.job, folder), bf16=not self.job.is_fp32, max_length=None,
                 gradient_checkpointing=self.is_checkpointed, completion_only_loss=True,
-                learning_rate=self.job.lr, lr_scheduler_type="constant", train_sampling_strategy="sequential",
-                save_strategy="no", report_to="none", disable_tqdm=True,
             )  # fmt: skip
             trainer = reporting(SFTTrainer, after_step)(
                 model=self.model,
@@ -204,15 +202,28 @@ class Trl(Peer):
             trainer.train()
 
 
-def reporting(trainer: Any, after_step: AfterStep) -> Any:
-    """A trainer class that reports each optimizer step: training_step has the loss, on_step_end the moment."""
+def arguments(job: Job, folder: str) -> dict[str, Any]:
+    """What all of transformers' and TRL's trainers are told: the rows once and in order, a fixed learning rate, no output."""
+    return {
+        "output_dir": folder, "use_cpu": device() == "cpu", "per_device_train_batch_size": job.batch_rows,
+        "num_train_epochs": 1, "learning_rate": job.lr, "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def real_tokens(inputs: dict[str, Tensor]) -> Tensor:
+    return inputs["attention_mask"].sum()
+
+
+def reporting(trainer: Any, after_step: AfterStep, count: Callable[[Any], Any] = real_tokens) -> Any:
+    """A trainer class that reports each optimizer step: training_step has loss and tokens, on_step_end the moment."""
     from transformers import TrainerCallback
 
     last: dict[str, Any] = {}
 
     class Reporting(trainer):
         def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-            last["tokens"] = inputs["attention_mask"].sum()
+            last["tokens"] = count(inputs)
             last["loss"] = super().training_step(model, inputs, num_items_in_batch)
             return last["loss"]
 
@@ -241,8 +252,8 @@ class TrlFused(Trl):
     is_fused = True
 
 
-class Fastpt(Peer):
-    """fastpt.train with its defaults."""
+class FastptPeer(Peer):
+    """fastpt.train with its defaults, on a model in the precision that it chooses."""
 
     def build(self) -> None:
         import fastpt.trainer  # noqa: F401
@@ -250,31 +261,51 @@ class Fastpt(Peer):
 
         self.precision = "fp32" if self.job.is_fp32 else "auto"
         dtype, _ = choose_precision(self.precision, torch.device(device()))
-        self.model = load_model(self.job, dtype, torch.float32, is_ours=True)
+        self.model = self.load(dtype)
+
+    def load(self, dtype: torch.dtype) -> torch.nn.Module:
+        return load_model(self.job, dtype, torch.float32, is_ours=True)
+
+    def settings(self) -> dict[str, Any]:
+        """The rows and the objective."""
+        raise NotImplementedError
+
+    def record(self, record: dict[str, Any], after_step: AfterStep) -> None:
+        after_step(record["loss"], record["tokens"])
 
     def train(self, after_step: AfterStep) -> None:
         import fastpt
 
         class Report:
-            def on_step(self, trainer: Any, record: dict[str, Any]) -> None:
-                after_step(record["loss"], record["tokens"])
+            def on_step(_, trainer: Any, record: dict[str, Any]) -> None:
+                self.record(record, after_step)
 
+        settings = self.settings()
         with tempfile.TemporaryDirectory() as folder:
             run = fastpt.train(
                 model=self.model,
-                data={"path": [row._asdict() for row in self.job.rows], "shuffle": False},
-                objective=_tokenised_sft(),
+                data={"path": settings.pop("rows"), "shuffle": False},
                 method="full" if self.job.adapter is None else "lora",  # on the base that is there, 4-bit or not
                 batch_rows=self.job.batch_rows,
-                max_length=max(len(row.input_ids) for row in self.job.rows),
                 optim={"lr": self.job.lr, "schedule": "constant", "warmup": 0},
                 precision=self.precision,
                 output=f"{folder}/run",
                 callbacks=[Report()],
                 quiet=True,
+                **settings,
             )
         if run.status == "interrupted":  # the trainer saves and returns; a benchmark has no figures of half a run
             raise SystemExit("stopped by a signal before the last step: nothing to report, run it again to the end")
+
+
+class Fastpt(FastptPeer):
+    """Fine-tuning on rows of tokens."""
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "rows": [row._asdict() for row in self.job.rows], "objective": _tokenised_sft(),
+            "max_length": max(len(row.input_ids) for row in self.job.rows),
+        }  # fmt: skip
 
 
 def _tokenised_sft() -> Any:

@@ -3,7 +3,7 @@
     python -m benchmarks.preferences --objective reward --model .cache/smollm2 --side fastpt --json results.jsonl
 
 Both sides see the same pairs, 16 a step, train LoRA of the same rank on all linear layers with the same learning rate (cosine
-after a warm-up) for an epoch, each in its own precision. Data from $FASTPT_DATA, or shared/data beside the repository.
+after a warm-up) for an epoch, each in its own precision, or in float32 (-fp32). Data from $FASTPT_DATA, or shared/data beside the repository.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import random
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,23 @@ def rows_of(seed: int) -> tuple[list[Row], list[Row]]:
     return rows[len(rows) // 5 :], rows[: len(rows) // 5]
 
 
-def by_fastpt(objective: str, model: str, rows: list[Row], held_out: list[Row], seed: int, output: str) -> Row:
+def by_fastpt(
+    objective: str, model: str, rows: list[Row], held_out: list[Row], seed: int, output: str, is_fp32: bool = False
+) -> Row:
     import fastpt
 
     run = fastpt.train(
         model, {"path": rows, "too_long": "truncate"}, objective, eval_data={"path": held_out, "too_long": "truncate"},
         output=output, seed=seed, batch_rows=BATCH_PAIRS, max_length=MAX_LENGTH, eval_steps=10**9, save_steps=10**9,
-        quiet=True, **{"optim.lr": LR[objective], "optim.warmup": WARMUP},
+        quiet=True, precision="fp32" if is_fp32 else "auto", **{"optim.lr": LR[objective], "optim.warmup": WARMUP},
     )  # fmt: skip
     measures = ("eval_accuracy", "eval_margin", "eval_loss")
     return {"train_s": run.metrics["seconds"], "steps": run.metrics["steps"]} | {k: run.metrics[k] for k in measures}
 
 
-def by_trl(objective: str, model: str, rows: list[Row], held_out: list[Row], seed: int, output: str) -> Row:
+def by_trl(
+    objective: str, model: str, rows: list[Row], held_out: list[Row], seed: int, output: str, is_fp32: bool = False
+) -> Row:
     """TRL's trainers with their defaults (fp32 weights under bf16 autocast), but for its checkpointing, which is off."""
     import torch
     import trl
@@ -72,7 +77,7 @@ def by_trl(objective: str, model: str, rows: list[Row], held_out: list[Row], see
         modules_to_save=None if is_dpo else ["score"],
     )  # fmt: skip
     arguments = config(
-        output_dir=output, use_cpu=not torch.cuda.is_available(), bf16=True, seed=seed, num_train_epochs=1,
+        output_dir=output, use_cpu=not torch.cuda.is_available(), bf16=not is_fp32, seed=seed, num_train_epochs=1,
         per_device_train_batch_size=MICRO_PAIRS, gradient_accumulation_steps=BATCH_PAIRS // MICRO_PAIRS,
         per_device_eval_batch_size=1, max_length=MAX_LENGTH, learning_rate=LR[objective], lr_scheduler_type="cosine",
         warmup_steps=WARMUP, gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
@@ -91,7 +96,10 @@ def by_trl(objective: str, model: str, rows: list[Row], held_out: list[Row], see
     return told | {"eval_accuracy": found[f"eval_{names[0]}"], "eval_margin": found[f"eval_{names[1]}"]}
 
 
-SIDES = {"fastpt": by_fastpt, "trl": by_trl}
+SIDES = {
+    "fastpt": by_fastpt, "fastpt-fp32": partial(by_fastpt, is_fp32=True),
+    "trl": by_trl, "trl-fp32": partial(by_trl, is_fp32=True),
+}  # fmt: skip
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """Time training steps of fastpt and its peers on the same rows: python -m benchmarks.train_step --model DIR --work packed.
 
+`--objective` takes the rows and the peers of another objective: classify (transformers' Trainer, an encoder), dpo and grpo (TRL's
+trainers), seq2seq (Seq2SeqTrainer, a random encoder-decoder without --model).
 Each peer has a process of its own; they take turns round by round, so that drift of the machine hits all alike. The first step of
 a round warms memory and caches and is not timed (the very first one also compiles and packs); medians are reported.
 `peak_above_weights_bytes` is the peak from then on, minus what is resident after imports and with all weights touched:
@@ -23,9 +25,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import harness, rows, toy, worker
-from benchmarks.classifiers import CLASSIFIERS
-from benchmarks.peers import PEERS, Job, save_adapter
+from benchmarks import harness, rows, toy, translators, worker
+from benchmarks.peers import Job, Peer, save_adapter
+from benchmarks.tasks import TASKS, WORKS
 from fastpt.errors import FastptError
 
 ROUNDS = 3
@@ -34,18 +36,18 @@ ROUNDS = 3
 class Contestant:
     """The parent's end of one peer: what it measured so far, or why it is out."""
 
-    def __init__(self, name: str, job: Job, steps_per_round: int, log: Path):
+    def __init__(self, name: str, entry: type[Peer], job: Job, steps_per_round: int, log: Path):
         self.name, self.log = name, log
         self.built: dict[str, int] = {}
         self.rounds: list[list[worker.Step]] = []
         self.peak_bytes = 0
         self.failure: str | None = None
         self.batch_rows = job.batch_rows
-        self.absence = worker.ENTRIES[name].missing()
+        self.absence = entry.missing()
         if self.absence is None:
             context = multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
-            arguments = (theirs, name, job, steps_per_round, str(log))
+            arguments = (theirs, entry, job, steps_per_round, str(log))
             self._process = context.Process(target=worker.main, args=arguments, daemon=True)
             self._process.start()
             theirs.close()
@@ -93,6 +95,9 @@ class Contestant:
             return found if len(found) > 1 else {**found, "skipped": "stopped before its first round"}
         timed = [steps[1:] for steps in self.rounds]
         rates = [sum(step.tokens for step in steps) / sum(step.seconds for step in steps) for steps in timed]
+        rollout_s = sum(step.rollout_s for steps in timed for step in steps)
+        if rollout_s:
+            found["rollout_tokens_per_s"] = sum(step.tokens for steps in timed for step in steps) / rollout_s
         return {
             **found,
             "tokens_per_s": statistics.median(rates),
@@ -109,10 +114,15 @@ class Contestant:
         }
 
 
-def compare(names: list[str], job: Job, steps_per_round: int, rounds: int, console: Console) -> list[dict[str, Any]]:
+def compare(
+    entries: dict[str, type[Peer]], job: Job, steps_per_round: int, rounds: int, console: Console
+) -> list[dict[str, Any]]:
     """Run all peers in turns; one record per peer, also for those that could not take part."""
     with tempfile.TemporaryDirectory() as logs:
-        contestants = [Contestant(name, job, steps_per_round, Path(logs) / f"{i}.log") for i, name in enumerate(names)]
+        contestants = [
+            Contestant(name, entry, job, steps_per_round, Path(logs) / f"{i}.log")
+            for i, (name, entry) in enumerate(entries.items())
+        ]
         return take_turns(contestants, rounds, console)
 
 
@@ -161,12 +171,13 @@ def show(records: list[dict[str, Any]], title: str, console: Console) -> None:
     )
     for column in columns:
         table.add_column(column, justify="left" if column == "peer" else "right")
-    ours = next((r.get("tokens_per_s") for r in records if r["peer"] in ("fastpt", "hf-trainer+fuse")), None)
+    # By rows, which all see alike: a prompt before two answers is fewer tokens to whom it is one.
+    ours = next((r.get("rows_per_s") for r in records if r["peer"] in ("fastpt", "hf-trainer+fuse")), None)
     for r in records:
         if "tokens_per_s" not in r:
             continue
         table.add_row(
-            r["peer"], f"{r['tokens_per_s']:.0f}", f"{r['rows_per_s']:.1f}", f"{ours / r['tokens_per_s']:.2f} ×" if ours else "",
+            r["peer"], f"{r['tokens_per_s']:.0f}", f"{r['rows_per_s']:.1f}", f"{ours / r['rows_per_s']:.2f} ×" if ours else "",
             f"{r['step_s']:.3f} s", *(f"{r[key] / 2**20:.0f} MiB" for key in
             ("peak_bytes", "weights_bytes", "peak_above_weights_bytes")),
             f"{r['losses'][0]:.4f}", f"{r['losses'][-1]:.4f}",
@@ -186,39 +197,44 @@ def versions() -> dict[str, str | None]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or hub id of a causal language model, for clinc150 of an encoder")
+    parser.add_argument("--model", help="folder or hub id of a causal language model, for classify of an encoder")
+    parser.add_argument("--objective", choices=list(TASKS), help="default: the work's own")
+    parser.add_argument("--work", choices=list(WORKS), help="the rows (default: the objective's own, packed for sft)")
+    parser.add_argument("--mode", choices=["lora", "qlora", "full"], help="default: lora, of encoders full")
     parser.add_argument(
-        "--work", choices=list(rows.FILES), default="packed", help="full rows of text, answers, or intents to classify"
+        "--peers", help="by name: " + "; ".join(f"{o}: {','.join(t.entries)}" for o, t in TASKS.items())
     )
-    parser.add_argument("--mode", choices=["lora", "qlora", "full"], help="default: lora, clinc150 full")
-    parser.add_argument("--peers", help=f"of {','.join(PEERS)}, for clinc150 of {','.join(CLASSIFIERS)}")
-    parser.add_argument("--batch", type=int, help="rows a step (default: 4 packed, 8 gsm8k, 32 clinc150)")
-    parser.add_argument("--seq", type=int, default=512, help="tokens a row at most")
+    parser.add_argument("--batch", type=int, help="rows a step (default: what the work has in benchmarks/tasks.py)")
+    parser.add_argument("--seq", type=int, help="tokens a row at most, or of grpo's answers (default: 512, 64)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each peer")
     parser.add_argument(
         "--precision", choices=["own", "fp32"], default="own", help="fp32: all alike, to compare losses"
     )
-    parser.add_argument("--data", type=Path, help="the rows (default: GSM8K's training questions, or CLINC150's)")
+    parser.add_argument("--data", type=Path, help="the rows (default: the work's file of the data folder)")
     parser.add_argument("--json", type=Path, help="write one JSON line per peer")
     parser.add_argument("--toy", action="store_true", help="a random model, made-up rows, 2 steps: checks that it runs")
     options = parser.parse_args(argv)
-    is_classifier = options.work == "clinc150"
-    peers = CLASSIFIERS if is_classifier else PEERS
-    default = ",".join(CLASSIFIERS) if is_classifier else "fastpt,trl,trl+fuse,hf,hf-compile"
-    if options.mode == "qlora":  # bitsandbytes under PEFT
-        default = "fastpt,trl,trl+fuse,hf"
+    options.objective = options.objective or WORKS[options.work or "packed"]
+    task = TASKS[options.objective]
+    options.work = options.work or next(iter(task.works))
+    options.mode = options.mode or task.modes[0]
+    if options.work not in task.works or options.mode not in task.modes:
+        parser.error(
+            f"{options.objective} has no --work {options.work} in --mode {options.mode}: it has {', '.join(task.works)} in "
+            f"{', '.join(task.modes)}"
+        )
+    default = "fastpt,trl,trl+fuse,hf" if options.mode == "qlora" else task.peers  # bitsandbytes under PEFT
     options.names = list(dict.fromkeys((options.peers or default).split(",")))
-    unknown = [name for name in options.names if name not in peers]
-    if unknown:
-        parser.error(f"unknown peer {', '.join(unknown)}: for {options.work} there are {', '.join(peers)}")
-    options.mode = options.mode or ("full" if is_classifier else "lora")
-    if is_classifier and (options.mode != "full" or options.toy):
-        parser.error(f"clinc150 trains all weights of a real encoder: leave out --mode {options.mode} and --toy")
+    if unknown := [name for name in options.names if name not in task.entries]:
+        parser.error(f"unknown peer {', '.join(unknown)}: for {options.work} there are {', '.join(task.entries)}")
+    if options.toy and options.objective != "sft":
+        parser.error(f"--toy makes up rows of sft, not of {options.objective}")
     if options.mode == "qlora" and find_spec("bitsandbytes") is None:
         parser.error("--mode qlora needs bitsandbytes: pip install bitsandbytes")
+    options.seq = options.seq or task.length
     if options.toy:
         options.model, options.seq, options.steps = "toy", 64, 2
-    if not options.model:
+    if not options.model and options.objective != "seq2seq":
         parser.error("--model names the model to train (or --toy for a made-up one)")
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}: at least one step must be timed")
@@ -238,10 +254,11 @@ def main(argv: list[str] | None = None) -> int:
         except FastptError as error:
             console.print(f"error: {error}", markup=False, highlight=False)
             return 2
-        records = compare(options.names, job, steps_per_round, rounds, console)
+        entries = {name: TASKS[options.objective].entries[name] for name in options.names}
+        records = compare(entries, job, steps_per_round, rounds, console)
     about = {
-        "work": options.work, "mode": options.mode, "precision": options.precision, "model": options.model,
-        "batch": job.batch_rows, "seq": options.seq, "rounds": rounds, "versions": versions(),
+        "objective": options.objective, "work": options.work, "mode": options.mode, "precision": options.precision,
+        "model": options.model or "random", "batch": job.batch_rows, "seq": options.seq, "rounds": rounds, "versions": versions(),
         "machine": harness.machine(),
     }  # fmt: skip
     records = [{**record, **about} for record in records]
@@ -261,23 +278,25 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Job, int, int]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, data = options.model, options.data or rows.default_data(options.work)
+    task, model = TASKS[options.objective], options.model
     if options.toy:
-        model, data = str(toy.write_model(folder / "model")), toy.write_data(folder / "toy.jsonl")
+        model, options.data = str(toy.write_model(folder / "model")), toy.write_data(folder / "toy.jsonl")
     rounds = min(ROUNDS, options.steps)
     steps_per_round = 1 + -(-options.steps // rounds)
-    batch_rows = options.batch or {"packed": 4, "gsm8k": 8, "clinc150": 32}[options.work]
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    examples = rows.load(options.work, tokenizer, data, count=batch_rows * rounds * steps_per_round, length=options.seq)
-    is_lora = options.mode != "full"
-    adapter = save_adapter(model, str(folder / "adapter")) if is_lora else None
-    lr = 5e-5 if options.work == "clinc150" else 2e-4 if is_lora else 2e-5
+    batch_rows = options.batch or task.works[options.work]
+    tokenizer = AutoTokenizer.from_pretrained(model) if model else None
+    examples = rows.load(
+        options.work, tokenizer, options.data, count=batch_rows * rounds * steps_per_round, length=options.seq
+    )
+    if model is None:
+        model = translators.write_model(folder / "model", examples)
     job = Job(
         model,
-        adapter,
+        None if options.mode == "full" else save_adapter(model, str(folder / "adapter")),
         examples,
         batch_rows,
-        lr,
+        task.lr[options.mode],
+        options.seq,
         is_fp32=options.precision == "fp32",
         is_quantised=options.mode == "qlora",
     )

@@ -14,17 +14,15 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from benchmarks import harness
-from benchmarks.classifiers import CLASSIFIERS
-from benchmarks.peers import PEERS, Job, Peer
+from benchmarks.peers import Job, Peer
 from fastpt.memory import release_memory
-
-ENTRIES: dict[str, type[Peer]] = {**PEERS, **CLASSIFIERS}
 
 
 class Step(NamedTuple):
     loss: float
     tokens: int  # real ones, without padding
     seconds: float
+    rollout_s: float = 0.0  # of them, of online RL
 
 
 class Finished(BaseException):
@@ -45,23 +43,23 @@ class Rounds:
             raise Finished
         self._steps, self._began = [], time.perf_counter()
 
-    def after_step(self, loss: float, tokens: int) -> None:
+    def after_step(self, loss: float, tokens: int, rollout_s: float = 0.0) -> None:
         harness.synchronize()
-        self._steps.append(Step(loss, tokens, time.perf_counter() - self._began))
+        self._steps.append(Step(loss, tokens, time.perf_counter() - self._began, rollout_s))
         if len(self._steps) == self._steps_per_round:
             self._connection.send(("round", {"steps": self._steps, "peak_bytes": self._memory.peak_bytes}))
             self.wait()
         self._began = time.perf_counter()
 
 
-def main(connection: Connection, name: str, job: Job, steps_per_round: int, log: str) -> None:
+def main(connection: Connection, entry: type[Peer], job: Job, steps_per_round: int, log: str) -> None:
     """Sends ("ready", ...) once built, ("round", ...) after each round, or ("failed", reason)."""
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(sink, sys.stdout.fileno())
     os.dup2(sink, sys.stderr.fileno())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
-        peer = ENTRIES[name](job)
+        peer = entry(job)
         peer.build()
         about = _touch_weights(peer.model)
         memory = harness.PeakMemory()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import rows, train_step
-from benchmarks.classifiers import CLASSIFIERS, HfTrainer, HfTrainerFused
+from benchmarks.classifiers import CLASSIFIERS, FastptClassifier, HfTrainer, HfTrainerFused
 from benchmarks.peers import Job
 from fastpt.errors import DataError
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -42,8 +42,8 @@ def test_other_files_are_named(tmp_path):
         rows.load("clinc150", tiny_tokenizer(), tmp_path / "rows.json", count=1, length=8)
 
 
-def test_losses_with_and_without_fuse_are_equal_in_fp32(folder):
-    job = Job(str(folder / "model"), None, load(folder, 24), batch_rows=6, lr=1e-3, is_fp32=True)
+def test_losses_of_all_are_equal_in_fp32(folder):
+    job = Job(str(folder / "model"), None, load(folder, 24), batch_rows=6, lr=1e-3, length=64, is_fp32=True)
 
     def losses(peer_class):
         peer, found = peer_class(job), []
@@ -51,10 +51,11 @@ def test_losses_with_and_without_fuse_are_equal_in_fp32(folder):
         peer.train(lambda loss, tokens: found.append((loss, tokens)))
         return [loss for loss, _ in found], [tokens for _, tokens in found]
 
-    plain, fused = losses(HfTrainer), losses(HfTrainerFused)
+    plain, fused, ours = losses(HfTrainer), losses(HfTrainerFused), losses(FastptClassifier)
     assert plain[0] == pytest.approx(fused[0], abs=1e-4)
+    assert plain[0] == pytest.approx(ours[0], abs=1e-4)
     assert len(plain[0]) == 4
-    assert plain[1] == fused[1] == [sum(len(row.input_ids) for row in batch) for batch in job.batches]
+    assert plain[1] == fused[1] == ours[1] == [sum(len(row.input_ids) for row in batch) for batch in job.batches]
 
 
 def test_peers_belong_to_their_work(capsys):

@@ -62,7 +62,7 @@ def test_toy_run_writes_one_line_per_peer(tmp_path, monkeypatch):
 
 def test_a_peer_that_fails_is_reported_with_its_reason():
     job = Job("/nowhere/model", None, [rows.Row([1, 2], [1, 1])], batch_rows=1, lr=1e-3)
-    (record,) = train_step.compare(["hf"], job, 2, 1, Console(quiet=True))
+    (record,) = train_step.compare({"hf": HandWritten}, job, 2, 1, Console(quiet=True))
     assert record["peer"] == "hf"
     assert "/nowhere/model" in record["failed"]
 

@@ -1,0 +1,121 @@
+"""The training benchmark beyond fine-tuning, on tiny models: equal losses in float32 where both sides compute the same."""
+
+import gzip
+import json
+from importlib.util import find_spec
+
+import pytest
+from rich.console import Console
+
+from benchmarks import rows, toy, train_step
+from benchmarks.online_peers import GROUP, FastptGrpo, TrlGrpo
+from benchmarks.peers import Job, save_adapter
+from benchmarks.preference_peers import FastptDpo, TrlDpo
+from benchmarks.tasks import TASKS, WORKS
+from benchmarks.translators import FastptTranslator, HfTranslator
+from tests.tiny import tiny_model, tiny_tokenizer
+
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="needs trl: pip install trl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("objectives")
+    toy.write_model(path / "model")
+    save_adapter(str(path / "model"), str(path / "adapter"))
+    return path
+
+
+def steps_of(entry, job):
+    peer, found = entry(job), []
+    peer.build()
+    peer.train(lambda *step: found.append(step))
+    return found
+
+
+@needs_trl
+def test_dpo_has_trls_losses_in_fp32(folder):
+    pairs = [{"prompt": f"Say {n}", "chosen": f"{n}!" * (n % 3 + 1), "rejected": f"no {n}"} for n in range(12)]
+    job = Job(str(folder / "model"), str(folder / "adapter"), pairs, batch_rows=3, lr=1e-2, length=64, is_fp32=True)
+    ours, theirs = ([loss for loss, _ in steps_of(entry, job)] for entry in (FastptDpo, TrlDpo))
+    assert len(ours) == 4
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert max(ours) - min(ours) > 1e-2  # the steps do train
+
+
+def test_seq2seq_has_the_losses_of_seq2seq_trainer_in_fp32(tmp_path):
+    tiny_model("bart").save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    texts = [{"source": "cat " * (n % 4 + 1), "target": "Katze " * (n % 3 + 1)} for n in range(12)]
+    job = Job(str(tmp_path), None, texts, batch_rows=4, lr=1e-3, length=64, is_fp32=True)
+    ours, theirs = (steps_of(entry, job) for entry in (FastptTranslator, HfTranslator))
+    assert len(ours) == 3
+    assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in theirs], abs=1e-3)
+    assert [tokens for _, tokens in ours] == [tokens for _, tokens in theirs]
+    assert ours[-1][0] < ours[0][0]
+
+
+@needs_trl
+def test_grpo_steps_tell_their_rollouts(folder):
+    prompts = rows.load("sums", None, count=4, length=6)
+    job = Job(str(folder / "model"), str(folder / "adapter"), prompts, batch_rows=2, lr=1e-3, length=6)
+    for entry in (FastptGrpo, TrlGrpo):
+        found = steps_of(entry, job)
+        assert [tokens for _, tokens, _ in found] == [2 * GROUP * 6] * 2
+        assert all(seconds > 0 for *_, seconds in found)
+
+
+def test_rollouts_become_a_rate():
+    one = train_step.Contestant.__new__(train_step.Contestant)
+    one.name, one.absence, one.failure, one.batch_rows, one.peak_bytes = "fastpt", None, None, 2, 3
+    one.built = {"resident_bytes": 1}
+    step = train_step.worker.Step
+    one.rounds = [
+        [step(1.0, 10, 9.0, 9.0), step(1.0, 10, 4.0, 2.0)],
+        [step(1.0, 10, 9.0, 9.0), step(1.0, 30, 5.0, 3.0)],
+    ]
+    assert one.record()["rollout_tokens_per_s"] == 40 / 5
+
+
+def test_every_objective_has_rows_and_peers(capsys):
+    for objective, task in TASKS.items():
+        options = train_step.parse(["--model", "m", "--objective", objective])
+        assert options.work in task.works
+        assert options.seq == task.length
+        assert set(options.names) <= set(task.entries)
+        assert set(task.modes) <= set(task.lr)
+    assert WORKS["clinc150"] == "classify"
+    for wrong, said in (
+        (["--objective", "dpo", "--work", "packed"], "dpo has no --work packed"),
+        (["--objective", "seq2seq", "--mode", "lora"], "in --mode lora"),
+        (["--objective", "grpo", "--toy"], "--toy makes up rows of sft"),
+        (["--objective", "dpo"], "--model names the model"),
+    ):
+        with pytest.raises(SystemExit):
+            train_step.parse(wrong)
+        assert said in capsys.readouterr().err
+
+
+def test_pairs_are_whole_and_translations_side_by_side(tmp_path):
+    lines = [{"prompt": "p", "chosen": "a" * n, "rejected": "b"} for n in (1, 2, 300)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = rows.load("llmbar", tiny_tokenizer(), tmp_path / "pairs.jsonl", count=2, length=64)
+    assert sorted(len(row["chosen"]) for row in found) == [1, 2]
+    for language, text in (("en", "a cat\n dog\n"), ("de", "eine Katze\n Hund\n")):
+        with gzip.open(tmp_path / f"x.{language}.gz", "wt") as file:
+            file.write(text)
+    found = rows.load("multi30k", None, tmp_path / "x.en.gz", count=2, length=64)
+    assert found == [{"source": "a cat", "target": "eine Katze"}, {"source": " dog", "target": " Hund"}]
+
+
+def test_a_random_translator_needs_no_model(tmp_path):
+    for language, text in (("en", "a cat and a dog\n"), ("de", "eine Katze und ein Hund\n")):
+        with gzip.open(tmp_path / f"x.{language}.gz", "wt") as file:
+            file.write(text * 8)
+    options = train_step.parse(
+        ["--objective", "seq2seq", "--steps", "1", "--batch", "2", "--data", str(tmp_path / "x.en.gz")]
+    )
+    job, rounds, steps_per_round = train_step.prepare(options, tmp_path)
+    records = train_step.compare({"fastpt": FastptTranslator}, job, steps_per_round, rounds, Console(quiet=True))
+    assert records[0]["tokens_per_s"] > 0
