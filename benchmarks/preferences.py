@@ -3,7 +3,8 @@
     python -m benchmarks.preferences --objective reward --model .cache/smollm2 --side fastpt --json results.jsonl
 
 Both sides see the same pairs, 16 a step, train LoRA of the same rank on all linear layers with the same learning rate (cosine
-after a warm-up) for an epoch, each in its own precision, or in float32 (-fp32). Data from $FASTPT_DATA, or shared/data beside the repository.
+after a warm-up) for an epoch, each in its own precision, or in float32 (-fp32). Data from $FASTPT_DATA, or shared/data beside
+the repository.
 """
 
 from __future__ import annotations
