@@ -24,7 +24,7 @@ from benchmarks.harness import machine
 
 SETTINGS: dict[str, dict[str, Any]] = {  # epochs, rows a step, learning rate, longest row
     "clinc150": {"objective": "classify", "epochs": 6, "batch_rows": 32, "lr": 3e-4, "max_length": 128},
-    "pubmedqa": {"objective": "classify", "epochs": 3, "batch_rows": 16, "lr": 1e-4, "max_length": 256},
+    "pubmedqa": {"objective": "classify", "epochs": 5, "batch_rows": 16, "lr": 3e-4, "max_length": 128},
     "wnut17": {"objective": "tag", "epochs": 4, "batch_rows": 32, "lr": 3e-4, "max_length": 256},
 }
 WARMUP = 0.1
