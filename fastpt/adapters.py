@@ -7,7 +7,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from torch import nn
 from fastpt.config import MethodConfig
 from fastpt.errors import ConfigError, ModelError
 from fastpt.nf4 import dequantise_model, is_quantised, layers_of
+from fastpt.vocabulary import check_trained, trained_rows
 
 NOTE = "base_quantization.json"  # beside an adapter that was trained on a base which loading made 4-bit
 VALUE_HEAD = "value_head"  # what PPO adds to the model: trained with it, but no part of it
 ADAPTERS = ("lora", "dora", "qlora")
+NEW_ROWS = "trainable_tokens"  # in PEFT's names of the rows of added tokens
 
 
 def is_adapter_model(model: nn.Module) -> bool:
@@ -45,9 +47,12 @@ TASK_TYPES = {
 }  # PEFT's names
 
 
-def apply_method(model: nn.Module, method: MethodConfig, task: str = "causal") -> nn.Module:
+def apply_method(
+    model: nn.Module, method: MethodConfig, task: str = "causal", new_rows: Sequence[int] = ()
+) -> nn.Module:
     """The model with exactly the parameters of `method` trainable; adapters come in float32.
 
+    `new_rows` of the embeddings, of added tokens, are trained and saved with an adapter.
     A model that carries an adapter already (continued training) keeps it.
     Raises: ConfigError where targets, patterns or regexes match nothing.
     """
@@ -61,13 +66,14 @@ def apply_method(model: nn.Module, method: MethodConfig, task: str = "causal") -
     if is_quantised(model) and method.name == "dora":
         raise ConfigError('the model has 4-bit weights, whose norms DoRA would need; use "qlora"')
     if method.name in ADAPTERS:
-        return _with_adapter(model, method, task)
+        return _with_adapter(model, method, task, list(new_rows))
     if is_quantised(model):
         raise ConfigError(f'the model has 4-bit weights, which method {method.name!r} cannot train; use "qlora"')
     is_full = method.name == "full"
     named = _matcher(model, "frozen", method.frozen) if is_full else _matcher(model, "train", method.train)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(named(name) != is_full)
+    check_trained(model, list(new_rows))
     return model
 
 
@@ -82,7 +88,7 @@ def _matcher(model: nn.Module, setting: str, patterns: list[str]) -> Callable[[s
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
-def _with_adapter(model: nn.Module, method: MethodConfig, task: str) -> nn.Module:
+def _with_adapter(model: nn.Module, method: MethodConfig, task: str, new_rows: list[int]) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     alpha = method.alpha if method.alpha is not None else 2 * method.rank
@@ -103,12 +109,18 @@ def _with_adapter(model: nn.Module, method: MethodConfig, task: str) -> nn.Modul
     if task in ("sequence", "token"):  # their heads are new: trained in full, and saved with the adapter
         heads = head_modules(model)
         settings["modules_to_save"] = [*heads, *(method.modules_to_save or [])]
+    if new_rows:
+        settings["trainable_token_indices"] = trained_rows(model, new_rows)
     settings |= method.peft
     try:
         with quiet_peft():
-            return get_peft_model(model, LoraConfig(**settings))
+            adapted = get_peft_model(model, LoraConfig(**settings))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the adapter cannot be made: {error}") from error
+    for name, parameter in adapted.named_parameters():
+        if NEW_ROWS in name:  # which PEFT leaves in the base's dtype
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -138,10 +150,13 @@ def save(model: nn.Module, folder: Path) -> None:
 
     A value head gets a file of its own, so that the model can be loaded without it.
     """
-    head, options = getattr(model, VALUE_HEAD, None), {}
+    head = getattr(model, VALUE_HEAD, None)
+    options: dict[str, Any] = {}
     if head is not None and not is_adapter_model(model):
         own = {name: t for name, t in model.state_dict().items() if not name.startswith(f"{VALUE_HEAD}.")}
         options = {"state_dict": own}
+    if is_adapter_model(model) and getattr(model.active_peft_config, "trainable_token_indices", None):  # type: ignore[union-attr]
+        options["save_embedding_layers"] = False  # PEFT would write a table that grew, whole, beside its trained rows
     model.save_pretrained(str(folder), **options)  # type: ignore[operator]
     if head is not None:
         save_file(head.state_dict(), folder / f"{VALUE_HEAD}.safetensors")
@@ -184,7 +199,7 @@ def merge(model: nn.Module, tokenizer: Any, folder: str | Path, probe: torch.Ten
             plain = plain.merge_and_unload(safe_merge=True)
         except ValueError as error:
             raise ModelError(f"the adapter cannot be merged: {error}") from error
-        base_dtype = next(d for name, d in dtypes.items() if "lora_" not in name)
+        base_dtype = next(d for name, d in dtypes.items() if "lora_" not in name and NEW_ROWS not in name)
         plain.to(base_dtype)
     report = _compare(expected, _logits(plain, probe))
     plain.save_pretrained(str(folder))

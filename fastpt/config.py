@@ -184,6 +184,9 @@ class Config(Node):
     seed: int = 0
 
     tokenizer: Any = Field(None, description="path, hub id or object; default: the model's own")
+    added_tokens: list[str] | Path | None = Field(
+        None, description="tokens that the model is to learn beside its own, or a text file with one a line"
+    )
     trust_remote_code: bool = False
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -248,6 +251,8 @@ class Config(Node):
             raise ValueError(
                 f'method.frozen is for method "full", which trains all else; {self.method.name!r} trains what it names'
             )
+        if self.added_tokens is not None and self.memory_limit is not None:
+            raise ValueError("memory_limit plans no added_tokens: set micro_batch_tokens and activations yourself")
         if self.patience is not None and self.eval_data is None:
             raise ValueError("patience counts evaluations: it needs eval_data")
         return self

@@ -33,7 +33,7 @@ def evaluate(model: Any, data: Any, objective: Any = "sft", **config: Any) -> di
     loaded = models.load(
         settings.model, tokenizer=settings.tokenizer, dtype=dtype, device=device,
         trust_remote_code=settings.trust_remote_code, is_quantised=settings.method.name == "qlora", task=chosen.task,
-        settings=chosen.survey(rows, None, settings.data.columns),
+        settings=chosen.survey(rows, None, settings.data.columns), added_tokens=settings.added_tokens,
     )  # fmt: skip
     max_length = settle_max_length(settings, loaded.model, console.say)
     chosen.attach(loaded.model, device, dtype)

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastpt import nf4_loading
 from fastpt.adapters import NOTE, is_adapter_model, quiet_peft
 from fastpt.errors import ModelError
 from fastpt.nf4 import quantise_model
+from fastpt.vocabulary import add_tokens, grow, read_tokens
 
 HEADS = {
     "causal": "AutoModelForCausalLM",
@@ -33,6 +34,7 @@ class Loaded:
     model: nn.Module
     tokenizer: Any
     source: str | None
+    new_rows: list[int] = field(default_factory=list)  # of its embeddings, of added tokens
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -107,20 +109,24 @@ def load(
     is_quantised: bool = False,
     task: str = "causal",
     settings: dict[str, Any] | None = None,
+    added_tokens: list[str] | Path | None = None,
 ) -> Loaded:
     """Load a model with the head of a task (HEADS) and its tokenizer.
 
     `spec` is a hub id, a local Hugging Face folder, a .gguf file (or a folder that holds one), a folder with a PEFT adapter,
     a fastpt run folder, or an nn.Module, which is taken as it is. Weights are read from safetensors and GGUF only; 4-bit
     ones of bitsandbytes (NF4) stay so. `is_quantised` makes those of the linear layers NF4, each as it is read. `settings` are
-    set in the model's config, such as its labels.
+    set in the model's config, such as its labels. `added_tokens` (a list, or a text file with one a line) become tokens of the
+    tokenizer and rows of the embeddings, started at the mean of what stood for them; an adapter that has some brings them along.
     Raises: ModelError naming what is missing and the nearest thing that is there.
     """
+    tokens = [] if added_tokens is None else read_tokens(added_tokens)
     if isinstance(spec, nn.Module):
         name = getattr(getattr(spec, "config", None), "_name_or_path", None) or None
         found = load_tokenizer(tokenizer or name, trust_remote_code)
         check_vocabulary(spec, found)
-        return Loaded(quantised_in_place(spec).to(device) if is_quantised else spec.to(device), found, None)
+        found, new_rows = _taught(spec, found, tokens)
+        return Loaded(quantised_in_place(spec).to(device) if is_quantised else spec.to(device), found, None, new_rows)
     if not isinstance(spec, (str, Path)):
         raise ModelError(f"model is a {type(spec).__name__}; give a hub id, a path or an nn.Module")
     place = resolve(spec)
@@ -131,10 +137,23 @@ def load(
     model = _from_pretrained(place, dtype, trust_remote_code, is_quantised, task, settings or {})
     chosen = tokenizer or (adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else place)
     found = load_tokenizer(chosen, trust_remote_code)
+    if chosen is adapter and len(found) > model.get_input_embeddings().weight.shape[0]:  # type: ignore[operator]
+        grow(model, load_tokenizer(place, trust_remote_code), found)
     check_vocabulary(model, found)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    return Loaded(model.to(device), found, str(place))
+    found, new_rows = _taught(model, found, tokens)
+    return Loaded(model.to(device), found, str(place), new_rows)
+
+
+def _taught(model: nn.Module, tokenizer: Any, tokens: list[str]) -> tuple[Any, list[int]]:
+    """The tokenizer with added tokens, and their rows."""
+    grown, new_rows = add_tokens(model, tokenizer, tokens) if tokens else (tokenizer, [])
+    if new_rows and is_adapter_model(model):
+        raise ModelError(
+            f"the model carries an adapter, whose embeddings cannot get {len(new_rows)} rows for added_tokens: merge it first"
+        )
+    return grown, new_rows
 
 
 def load_config(spec: Any, trust_remote_code: bool = False) -> Any:

@@ -108,13 +108,14 @@ class Trainer:
             is_quantised=config.method.name == "qlora",
             task=self.objective.task,
             settings=asked,
+            added_tokens=config.added_tokens,
         )
         self.tokenizer, self.source = loaded.tokenizer, loaded.source
         self.max_length = settle_max_length(config, loaded.model, self.console.say)
         config, self.watch = settle_memory(config, loaded.model, self.max_length, self.device, self.console.say)
         self.config = config
         torch.manual_seed(config.seed)  # the adapter's initial values do not depend on what loading drew
-        self.model = apply_method(loaded.model, config.method, self.objective.task)
+        self.model = apply_method(loaded.model, config.method, self.objective.task, loaded.new_rows)
         self.objective.attach(self.model, self.device, self.dtype)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in self.parameters:

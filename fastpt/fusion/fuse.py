@@ -27,7 +27,7 @@ from fastpt.fusion.experts import check_experts, innermost, looks_like_experts, 
 from fastpt.fusion.explain import Row, rows_of, show
 from fastpt.fusion.patch import Patch, patch_of
 from fastpt.fusion.positions import position_patches
-from fastpt.fusion.projection import NotFusable
+from fastpt.fusion.projection import NotFusable, trained_rows
 from fastpt.fusion.recognise import block_recipe, looks_like_block, norm_recipe, verified
 from fastpt.ops import embedding, layer_norm, rms_norm
 
@@ -296,7 +296,11 @@ def _layer_norm_forward(patch: Patch) -> Any:
 def _fuse_embeddings(handle: Handle, model: nn.Module, inside: set[nn.Module]) -> None:
     """Patch the embeddings, whose gradient then touches only the rows that were used."""
     for path, module in model.named_modules():
-        if type(module) is not nn.Embedding or module in inside or "forward" in module.__dict__:
+        if module in inside or "forward" in module.__dict__:
+            continue
+        if (rows := trained_rows(module)) is not None and type(rows[0]) is nn.Embedding:
+            handle.patches.append(Patch(module, _trained_rows_forward))
+        if type(module) is not nn.Embedding:
             continue
         if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
             handle.reasons[path] = "max_norm, scale_grad_by_freq or sparse"
@@ -310,6 +314,24 @@ def _embedding_forward(patch: Patch) -> Any:
         if not patch.is_active:
             return patch.below(self, input)
         return embedding(input, self.weight, padding_idx=self.padding_idx)
+
+    return forward
+
+
+def _trained_rows_forward(patch: Patch) -> Any:
+    """Rows of added tokens beside those of the table, which gets no gradient and is not copied."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        rows = trained_rows(self) if patch.is_active else None
+        if rows is None:
+            return patch.below(self, input)
+        table, ids, values = rows
+        ids, order = ids.sort()
+        at = torch.searchsorted(ids, input).clamp(max=len(ids) - 1)
+        is_new = ids[at] == input
+        # An embedding whose row counts for nothing gets a gradient of zeros.
+        new = embedding(order[at], values).to(table.weight.dtype)  # type: ignore[arg-type]
+        return torch.where(is_new[..., None], new, table(input))
 
     return forward
 

@@ -71,12 +71,21 @@ class Projection:
     def read(cls, module: nn.Module, path: str) -> Projection:
         """The state of `module` at this moment; raises NotFusable when only calling it is right."""
         module = unwrapped(module)
+        if (rows := trained_rows(module)) is not None:
+            return cls._read_rows(*rows, path)
         check_untouched(module, path)
         if (weight := _base_weight(module)) is not None:
             return cls(weight, module.bias)  # type: ignore[arg-type]
         if type(module) not in _lora_kinds():
             raise NotFusable(f"{path} is a {type(module).__name__}")
         return cls._read_lora(module, path)
+
+    @classmethod
+    def _read_rows(cls, base: nn.Module, ids: Tensor, values: Tensor, path: str) -> Projection:
+        """A head some of whose rows are trained: its weight with these in it, through which their gradient comes."""
+        if not _is_plain(base) or base.bias is not None:
+            raise NotFusable(f"{path} has trained rows over a {type(base).__name__}")
+        return cls(base.weight.index_copy(0, ids, values.to(base.weight)))  # type: ignore[operator, arg-type]
 
     @classmethod
     def _read_lora(cls, layer: Any, path: str) -> Projection:
@@ -147,6 +156,19 @@ def unwrapped(module: nn.Module) -> nn.Module:
     if state.disable_adapters or not state.active_adapters:
         return state.original_module
     return state.modules_to_save[state.active_adapters[0]]
+
+
+def trained_rows(module: nn.Module) -> tuple[nn.Module, Tensor, Tensor] | None:
+    """(layer below, ids [N], rows [N, D]) of PEFT's TrainableTokensWrapper; None for anything else, merged or switched off."""
+    other = sys.modules.get("peft.utils.other")
+    if other is None or type(module) is not other.TrainableTokensWrapper:
+        return None
+    layer: Any = module.token_adapter
+    active = [name for name in layer.active_adapters if name in layer.trainable_tokens_delta]
+    if layer.disable_adapters or layer.merged or len(active) != 1:
+        return None
+    values = layer.trainable_tokens_delta[active[0]]
+    return layer.base_layer, torch.tensor(layer.token_indices[active[0]], device=values.device), values
 
 
 def out_features(module: nn.Module) -> int:
