@@ -216,6 +216,12 @@ TABLE: dict[str, dict[int, Entries]] = {
     },
     "row_statistics_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 3})]},
     "row_losses_backward": {80: [(1 << 62, {"columns": 4096, "warps": 8, "stages": 3})]},
+    "divergence_of_rows": {80: [(1 << 62, {"columns": 4096, "warps": 16, "stages": 4})]},
+    "divergence_of_rows_mixture": {
+        80: [(1 << 62, {"columns": 2048, "warps": 8, "stages": 4})],
+        100: [(1 << 62, {"columns": 2048, "warps": 8, "stages": 7})],
+        120: [(1 << 62, {"columns": 2048, "warps": 8, "stages": 4})],
+    },
     "sum_losses": {80: [(1 << 62, {"columns": 1024, "warps": 8})]},
     "scale_in_place": {80: [(1 << 62, {"columns": 4096, "warps": 8})]},
     # lora_linear. The size of the large products is the bytes of an element; that of the low-rank kernels is the ranks of a

@@ -56,6 +56,10 @@ class Head:
             return torch.mm(a.to(b.dtype), b, out_dtype=self.wide)
         return a.to(self.wide) @ b.to(self.wide)
 
+    def weight_grad(self, dz: Tensor, hidden: Tensor) -> Tensor:
+        """What a chunk adds to the weight's gradient, in float32."""
+        return self.matmul(dz.t(), hidden)
+
     def logits(self, rows: Tensor) -> Tensor:
         z = self.matmul(self.hidden[rows], self.weight.t())  # [n, V]
         if self.low_hidden is not None and self.low_weight is not None:
@@ -80,7 +84,7 @@ class Head:
         if wants[0]:
             grads[0][rows] = self.matmul(dz, self.weight).to(grads[0].dtype)
         if wants[1]:
-            grads[1] += self.matmul(dz.t(), self.hidden[rows])
+            grads[1] += self.weight_grad(dz, self.hidden[rows])
         if wants[2]:
             grads[2] += dz.sum(0)
         if self.low_hidden is None or self.low_weight is None:

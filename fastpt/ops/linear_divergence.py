@@ -1,19 +1,22 @@
 """linear_divergence: how far a student's next-token distributions are from a teacher's, from the hidden states and heads of both.
 
-Neither's logits are ever held: a chunk of rows is formed, compared and turned into gradients before the next one.
+Neither's logits are ever held: a chunk of rows is formed, compared and turned into gradients before the next one. The products
+are the linear ops' and torch's; what stands between them, `divergence_rows`, reads both logits and leaves the gradient in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastpt.ops import _head
 from fastpt.ops._head import Head, check_head, cost, empty_grads, low_rank_hidden
-from fastpt.ops._library import autocast, register
+from fastpt.ops._library import Cost, autocast, nbytes, register
 
-PARTS = 2  # of a chunk of logits: the student's, the teacher's and what stands between them are held at once
+HELD = 2  # logits of a row at once: the student's and the teacher's
 
 
 class TeacherHead(NamedTuple):
@@ -32,32 +35,77 @@ class NarrowHead(Head):
     def __post_init__(self):
         self.wide = torch.promote_types(self.hidden.dtype, torch.float32)
 
+        is_product = self.bias is None and self.low_hidden is None and self.softcap is None and self.logit_scale == 1
+        self.is_narrow = is_product and not self.hidden.is_cuda
+
+    def chunks(self, kept: Tensor) -> Iterator[Tensor]:
+        """As many rows as are held at once, of both heads' logits."""
+        size = self.weight.dtype.itemsize if self.is_narrow else self.wide.itemsize
+        rows = max(1, _head.CHUNK_BYTES // (HELD * size * len(self.weight)))
+        return iter(kept.split(rows)) if len(kept) else iter(())
+
+    def logits(self, rows: Tensor) -> Tensor:
+        if not self.is_narrow:
+            return super().logits(rows)
+        return self.hidden[rows].to(self.weight.dtype) @ self.weight.t()  # rounded already: no need to widen it
+
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        adds_up = len(a) == len(self.weight)  # a weight's gradient, a part of it from each chunk
-        return super().matmul(a, b) if a.is_cuda or adds_up else (a.to(b.dtype) @ b).to(self.wide)
+        return super().matmul(a, b) if a.is_cuda else (a.to(b.dtype) @ b).to(self.wide)
+
+    def weight_grad(self, dz: Tensor, hidden: Tensor) -> Tensor:
+        if dz.is_cuda:
+            return super().weight_grad(dz, hidden)
+        hidden, none, wants = hidden.to(self.weight.dtype), [None], [True, False, False, False]
+        return torch.ops.fastpt.lora_linear_backward(
+            [dz.to(hidden.dtype)],
+            hidden,
+            [self.weight],
+            none,
+            none,
+            [hidden.new_empty(0)],
+            [1.0],
+            0.0,
+            [],
+            False,
+            wants,
+            True,
+        )[1][0]
 
 
-def row_divergence(z: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """(divergence [n], its gradient by z [n, V]) of logits z and the teacher's, both divided by the temperature; overwrites both.
+def rows_reference(
+    z: Tensor, teacher: Tensor, row_weight: Tensor | None, beta: float, temperature: float, gradient: Tensor
+) -> Tensor:
+    """The divergence of each row of logits z [n, V] from the teacher's, times its weight; its gradient by z goes to `gradient`.
 
-    beta 0: KL(teacher || student); 1: KL(student || teacher); between: beta KL(teacher || m) + (1 - beta) KL(student || m) with
-    the mixture m = beta teacher + (1 - beta) student (Agarwal et al. 2024, https://arxiv.org/abs/2306.13649, eq. 1).
+    That may be z itself. Both are divided by the temperature first. beta 0: KL(teacher || student); 1: KL(student || teacher);
+    between: beta KL(teacher || m) + (1 - beta) KL(student || m) with the mixture m = beta teacher + (1 - beta) student
+    (Agarwal et al. 2024, https://arxiv.org/abs/2306.13649, eq. 1).
     """
-    log_s, log_t = z.log_softmax(-1), teacher.log_softmax(-1)
-    s = torch.exp(log_s, out=z)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    log_s, log_t = ((x.to(wide) / temperature).log_softmax(-1) for x in (z, teacher))
+    s, t = log_s.exp(), log_t.exp()
     if beta == 0:
-        t = torch.exp(log_t, out=teacher)
-        return log_t.sub_(log_s).mul_(t).sum(-1, dtype=torch.float64), s.sub_(t)
-    if beta == 1:
-        ratio, share, from_teacher = log_s.sub_(log_t), 1.0, z.new_zeros(len(z))
+        found, dz = ((log_t - log_s) * t).sum(-1, dtype=torch.float64), s - t
     else:
-        t = torch.exp(log_t, out=teacher)
-        log_m = torch.lerp(s, t, beta)
-        log_m = log_m.clamp_(min=torch.finfo(z.dtype).tiny).log_()
-        from_teacher = beta * log_t.sub_(log_m).mul_(t).sum(-1, dtype=torch.float64)
-        ratio, share = log_s.sub_(log_m), 1 - beta
-    from_student = (s * ratio).sum(-1, dtype=torch.float64)
-    return from_teacher + share * from_student, s.mul_(ratio.sub_(from_student[:, None].to(s.dtype))).mul_(share)
+        log_m = log_t if beta == 1 else torch.lerp(s, t, beta).clamp_(min=torch.finfo(wide).tiny).log_()
+        share, ratio = 1.0 if beta == 1 else 1 - beta, log_s - log_m
+        from_student = (s * ratio).sum(-1, dtype=torch.float64)
+        found = beta * ((log_t - log_m) * t).sum(-1, dtype=torch.float64) + share * from_student
+        dz = share * s * (ratio - from_student[:, None].to(wide))
+    weight = 1.0 if row_weight is None else row_weight[:, None].to(wide)
+    gradient.copy_(dz * weight / temperature)
+    return (found if row_weight is None else found * row_weight).to(wide)
+
+
+_rows = register(
+    "divergence_rows(Tensor z, Tensor teacher, Tensor? row_weight, float beta, float temperature, Tensor(a!) gradient) -> Tensor",
+    reference=rows_reference,
+    fake=lambda z, *_: z.new_empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32)),
+    cost=lambda z, teacher, row_weight, *_: Cost(
+        nbytes(z, teacher, row_weight), nbytes(z) + 4 * len(z), 12 * z.numel()
+    ),
+    triton="fastpt.kernels.divergence_rows:divergence_rows",
+)
 
 
 def reference(
@@ -70,18 +118,15 @@ def reference(
     grads = student.zero_grads(wants)
     total = hidden.new_zeros((), dtype=torch.float64)
     start = 0
-    for chunk in student.chunks(kept):
-        for rows in chunk.split(-(-len(chunk) // PARTS)):
-            z, theirs = student.logits(rows), teacher.logits(rows)
-            scaled = z.div_(temperature) if softcap is None else z / temperature  # a cap's gradient needs the logits
-            found, dz = row_divergence(scaled, theirs.div_(temperature), beta)
-            if row_weight is not None:
-                weights = row_weight[start : start + len(rows)].to(found.dtype)
-                found, dz = found * weights, dz.mul_(weights[:, None].to(dz.dtype))
-            start += len(rows)
-            total += found.sum(dtype=total.dtype)
-            if any(wants):
-                student.add_grads(grads, wants, rows, z, dz.div_(temperature))
+    for rows in student.chunks(kept):
+        z, theirs = student.logits(rows), teacher.logits(rows)
+        dz = z if softcap is None else z.clone()  # a cap's gradient needs the logits
+        weights = None if row_weight is None else row_weight[start : start + len(rows)]
+        total += _rows(dz, theirs, weights, beta, temperature, dz).sum(dtype=total.dtype)
+        start += len(rows)
+        if any(wants):
+            student.add_grads(grads, wants, rows, z, dz)
+        del z, dz, theirs  # before the next ones are made
     return (total.to(student.wide), *grads)
 
 
@@ -139,7 +184,7 @@ def linear_divergence(
     beta: float = 0.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """The sum over rows of the divergence of softmax(student logits / temperature) from the teacher's (`row_divergence`).
+    """The sum over rows of the divergence of softmax(student logits / temperature) from the teacher's (`rows_reference`).
 
     Shapes: hidden [T, D], weight [V, D], bias [V], lora_a [R, D], lora_b [V, R], kept int64 [N] rows, row_weight float32 [N]
     -> []. The teacher gets no gradient; logits are as in `linear_cross_entropy`.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastpt.ops import TeacherHead, linear_divergence
 from fastpt.ops import _head as head
-from fastpt.ops.linear_divergence import _forward
+from fastpt.ops.linear_divergence import _forward, rows_reference
 from tests.helpers import DTYPES, check_against_eager, check_compiles, check_opcheck, check_retain_graph
 
 BETAS = [0.0, 0.1, 0.5, 1.0]
@@ -148,3 +148,39 @@ def test_registration():
     call = lambda h, w: linear_divergence(h, w, TeacherHead(*teacher), kept, beta=0.5)  # noqa: E731
     check_retain_graph(call, hidden, weight)
     check_compiles(call, hidden, weight)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_rows_in_place_are_the_reference(dtypes, beta):
+    """Both native kernels of a row, wide enough for several blocks of sums; the logits' place takes the gradient."""
+    draw = torch.Generator().manual_seed(0)
+    z, teacher = (3 * torch.randn(5, 2700, generator=draw).to(dtype) for dtype in dtypes)
+    weights = torch.rand(5, generator=draw)
+    expected = torch.empty(5, 2700, dtype=torch.float64)
+    found = rows_reference(z.double(), teacher.double(), weights.double(), beta, 1.7, expected)
+    ours = z.clone()
+    divergences = torch.ops.fastpt.divergence_rows(ours, teacher, weights, beta, 1.7, ours)
+    torch.testing.assert_close(divergences.double(), found, rtol=1e-5, atol=1e-6)
+    near = {"rtol": 1e-4, "atol": 1e-7} if dtypes[0] == torch.float32 else {"rtol": 4e-3, "atol": 1e-6}
+    torch.testing.assert_close(ours.double(), expected, **near)
+
+
+def test_the_log_of_the_kernel_is_exact_to_its_last_bits():
+    """A teacher of two classes with a chosen share: the mixture's logs are of ratios over many powers of two."""
+    logits = torch.linspace(-80, 80, 4001)
+    z = torch.stack([logits, torch.zeros(4001)], 1)
+    teacher = torch.zeros(4001, 2)
+    wide = torch.empty(4001, 2, dtype=torch.float64)
+    expected = rows_reference(z.double(), teacher.double(), None, 0.5, 1.0, wide)
+    found = torch.ops.fastpt.divergence_rows(z, teacher, None, 0.5, 1.0, z)
+    torch.testing.assert_close(found.double(), expected, rtol=3e-6, atol=1e-7)
+
+
+def test_rows_of_other_shapes_are_refused():
+    z = torch.zeros(2, 3)
+    for teacher, gradient in ((torch.zeros(2, 4), z), (z, torch.zeros(3, 3)), (z, z.bfloat16())):
+        with pytest.raises(RuntimeError, match="divergence_rows: z is"):
+            torch.ops.fastpt.divergence_rows(z, teacher, None, 0.5, 1.0, gradient)

@@ -29,7 +29,7 @@ NO_CPP = {
     "cross_entropy",
     "cross_entropy_and_gradient",
     "cross_entropy_backward",
-    "linear_divergence",  # to come: the tiles of linear_cross_entropy with a second head
+    "linear_divergence",  # made of linear ops and divergence_rows
     "linear_cross_entropy_scale",
 }
 
