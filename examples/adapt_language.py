@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 import fastpt
 
-HELD_OUT, SENTENCES = 100, 8  # paragraphs, and sentences of each
+SENTENCES = 8  # of a paragraph
 
 
 def paragraphs(path: Path, seed: int) -> list[dict[str, str]]:
@@ -57,6 +57,7 @@ def main() -> None:
         default=0,
         help="teach it so many frequent words that it splits in three pieces or more",
     )
+    parser.add_argument("--held-out", type=int, default=100, help="paragraphs of each language to measure on")
     parser.add_argument("--method", default="full")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -65,7 +66,8 @@ def main() -> None:
     options = parser.parse_args()
     new, old = paragraphs(options.new, options.seed), paragraphs(options.old, options.seed)
     # The two files say the same: what is replayed must not be what is held out.
-    held_out, new, old = {"new": new[:HELD_OUT], "old": old[:HELD_OUT]}, new[HELD_OUT:][: options.rows], old[HELD_OUT:]
+    held_out = {"new": new[: options.held_out], "old": old[: options.held_out]}
+    new, old = new[options.held_out :][: options.rows], old[options.held_out :]
     old = old[: int(options.replay * len(new))]
 
     before = AutoTokenizer.from_pretrained(options.model)

@@ -22,5 +22,13 @@ done
 toy examples/rlhf.py --model "$scratch/model" --data "$scratch/pairs.jsonl" --steps 2 --new-tokens 8 --output "$scratch/rlhf"
 for n in 1 2 3 4 5 6 7 8 9; do echo "{\"question\": \"red $n\", \"answer\": \"blue\"}"; done > "$scratch/sums.jsonl"
 toy examples/distill.py --model "$scratch/model" --data "$scratch/sums.jsonl" --rows 6 --output "$scratch/distill"
+"$python" -m tests.tiny "$scratch/encoder" bert
+"$python" -m tests.tiny "$scratch/translator" bart
+for n in 1 2 3 4 5 6 7 8; do for m in 1 2 3 4 5 6 7 8; do echo "the red cat $n of $m"; done; done | gzip > "$scratch/en.gz"
+for n in 1 2 3 4 5 6 7 8; do for m in 1 2 3 4 5 6 7 8; do echo "die rote Katze $n von $m"; done; done | gzip > "$scratch/de.gz"
+toy examples/translate.py --model "$scratch/translator" --source "$scratch/en.gz" --target "$scratch/de.gz" --rows 20 --output "$scratch/translate"
+toy examples/adapt_language.py --model "$scratch/model" --new "$scratch/de.gz" --old "$scratch/en.gz" --held-out 1 --rows 4 --added-tokens 2 --output "$scratch/language"
+echo '{"train": [["pay my bill", "pay"], ["will it rain", "weather"]], "test": [["rain", "weather"]]}' > "$scratch/intents.json"
+toy examples/classify_intents.py --model "$scratch/encoder" --data "$scratch/intents.json" --epochs 1 --output "$scratch/intents"
 toy -m fastpt merge "$scratch/toml" "$scratch/merged"
 echo "all examples ran"

@@ -133,13 +133,13 @@ def tiny_tokenizer():
     return fast
 
 
-def main(folder: str) -> None:
-    """Write a tiny Llama and its tokenizer as a Hugging Face folder: python -m tests.tiny FOLDER."""
-    tiny_model("llama", max_position_embeddings=4096).save_pretrained(folder)
+def main(folder: str, family: str = "llama") -> None:
+    """Write a tiny model and its tokenizer as a Hugging Face folder: python -m tests.tiny FOLDER [FAMILY]."""
+    tiny_model(family, max_position_embeddings=4096).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
 
 
 if __name__ == "__main__":
     import sys
 
-    main(sys.argv[1])
+    main(*sys.argv[1:])
