@@ -15,7 +15,7 @@ from fastpt.data.example import Example
 from fastpt.fusion.class_head import ClassHead
 from fastpt.fusion.encoder_decoder import answers, decoder_states
 from fastpt.fusion.fuse import handle_of
-from fastpt.fusion.head import LanguageHead, first_position, hidden_states
+from fastpt.fusion.head import LanguageHead, causal_lm, first_position, hidden_states
 from fastpt.fusion.shared_prefix import shares_prefix
 from fastpt.generate import generate_tokens
 from fastpt.ops import TokenStats
@@ -62,10 +62,10 @@ class ModelScorer:
         return example.tokens if not example.shares or self.shares_prefix else example.expanded().tokens
 
     def hidden(self, batch: Batch) -> Tensor:
+        if self._noise is not None:
+            self._noise.lengths = (batch.source or batch).cu_seqlens.diff()
         if batch.source is not None:
             return decoder_states(self.model, batch, batch.source)
-        if self._noise is not None:
-            self._noise.lengths = batch.cu_seqlens.diff()
         return hidden_states(
             self.model,
             batch.input_ids,
@@ -127,13 +127,16 @@ class ModelScorer:
 class EmbeddingNoise:
     """NEFTune (Jain et al. 2023, https://arxiv.org/abs/2310.05914): uniform noise on the embeddings of a model that is training.
 
-    Within alpha / sqrt(L d) of 0, for a document of L tokens and d features, however documents are packed.
+    Within alpha / sqrt(L d) of 0, for a document of L tokens and d features, however documents are packed. An encoder-decoder
+    gets it on what its encoder reads.
     """
 
     def __init__(self, model: nn.Module, alpha: float):
         self.alpha = alpha
         self.lengths = torch.zeros(0)  # of the documents at hand
-        model.get_input_embeddings().register_forward_hook(self._add)  # type: ignore[operator]
+        inner = causal_lm(model)
+        reads = inner.get_encoder() if inner.config.is_encoder_decoder else model
+        reads.get_input_embeddings().register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
         if not module.training or not torch.is_grad_enabled():

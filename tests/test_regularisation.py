@@ -172,6 +172,19 @@ def test_noise_on_the_embeddings_is_as_large_as_each_document_asks(is_fused):
         assert torch.equal(later, model.get_input_embeddings().weight[batch.input_ids])
 
 
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_noise_reaches_what_an_encoder_reads(family):
+    model = tiny_model(family).train()
+    fastpt.fuse(model)
+    scorer = ModelScorer(model, neftune=5.0)
+    target, source = np.arange(3, dtype=np.int32), np.arange(6, dtype=np.int32)
+    batch = collate([Example(target, np.ones(3, bool), None, "", source=source)] * 2)
+    assert not torch.equal(scorer.hidden(batch), scorer.hidden(batch))
+    assert scorer._noise.lengths.tolist() == [6, 6]
+    model.eval()
+    assert torch.equal(scorer.hidden(batch), scorer.hidden(batch))
+
+
 def test_a_small_gain_is_no_gain():
     best = Best("+eval_f1", patience=2, min_delta=0.1)
     told = [best.update(step, {"eval_f1": value}) for step, value in enumerate([0.5, 0.55, 0.65, 0.7, 0.74], start=1)]
