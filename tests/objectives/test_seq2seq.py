@@ -107,6 +107,32 @@ def test_dropped_attention_weights_are_right_on_average(family):
     assert float(losses.mean()) == pytest.approx(without, rel=0.05)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_model_is_itself_on_padded_rows(family):
+    """As other trainers and generate() call it: masks of both sides, of equal and unequal lengths, with a cache."""
+    model = model_of(family)
+    plain = copy.deepcopy(model)
+    fastpt.fuse(model)
+    for lengths in ((7, 4), (5, 5)):
+        ids, labels = (torch.arange(2 * n).view(2, n) * 7 % 200 + 3 for n in lengths)
+        mask = torch.ones_like(ids)
+        mask[1, 3:] = 0
+        labels[0, 2:] = -100
+        losses = [one(input_ids=ids, attention_mask=mask, labels=labels).loss for one in (model, plain)]
+        torch.testing.assert_close(*losses)
+        grads = [
+            torch.autograd.grad(loss, next(one.parameters()))[0]
+            for loss, one in zip(losses, (model, plain), strict=True)
+        ]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+        for beams in (1, 2):
+            said = [
+                one.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, num_beams=beams, do_sample=False)
+                for one in (model, plain)
+            ]
+            assert torch.equal(*said)
+
+
 def test_a_model_that_numbers_tokens_otherwise_gets_padded_rows(monkeypatch):
     model = model_of("bart")
     plain = copy.deepcopy(model)
