@@ -32,7 +32,7 @@ assert block(4).data_ptr() == other  # the smallest that holds it
 both = block(8)  # of 3 and 5, which are free side by side
 assert both.data_ptr() == start
 assert start + (8 << 20) <= c.data_ptr() < e.data_ptr()
-f, g, h = (block(n) for n in (30, 50, 1))
+f, g, h = (block(n) for n in (30, 50, 90))
 start = f.data_ptr()
 del g  # the later one first
 del f
