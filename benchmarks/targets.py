@@ -26,6 +26,9 @@ HEAD: Select = {"op": "linear_cross_entropy", "dtype": "bfloat16"}
 ATTENTION: Select = {"op": "attention", "dtype": "bfloat16", "direction": "forward+backward"}
 ADAMW: Select = {"op": "adamw", "dtype": "bfloat16"}
 GENERATION: Select = {"prompt_tokens": "*", "dtype": "bfloat16", "lora": False}
+DPO, CLASSIFY, SEQ2SEQ, GRPO = (
+    {"objective": name, "precision": "own"} for name in ("dpo", "classify", "seq2seq", "grpo")
+)
 
 
 def load_runs(folder: Path = RESULTS) -> list[Run]:
@@ -126,7 +129,7 @@ def _curve_distance(runs: list[Run]) -> float | None:
     return record and record["fused_bf16_from_eager_fp32"] / record["spread"]
 
 
-TIMED = {"key": "median_ms"}
+TIMED, ROWS = {"key": "median_ms"}, {"key": "rows_per_s"}
 TARGETS = [
     Target("LoRA r=16, packed 4 × 512", TRL, "≥", 3.0, faster(LORA, "trl"), 4),
     Target("the same", "plain bf16 loop, `torch.compile`", "≥", 1.6, faster(LORA, "hf-compile")),
@@ -243,6 +246,24 @@ TARGETS = [
         1,
         _curve_distance,
     ),
+    Target("DPO, LLMBar pairs, 4 a step", f"{TRL}, its better dtype", "≥", 3, faster(DPO, "trl*", **ROWS)),
+    Target(
+        "classification, MiniLM-L6 on CLINC150",
+        "Trainer, float32 (its default)",
+        "≥",
+        2.3,
+        faster(CLASSIFY, "hf-trainer", **ROWS),
+    ),
+    Target("the same", "Trainer, bf16 autocast", "≥", 2.3, faster(CLASSIFY, "hf-trainer-bf16", **ROWS)),
+    Target(
+        "translation from scratch, Multi30k, 64 pairs a step",
+        "Seq2SeqTrainer, its better dtype",
+        "≥",
+        2,
+        faster(SEQ2SEQ, "hf-*", **ROWS),
+    ),
+    Target("GRPO, 4 prompts, 8 answers of 64 tokens", TRL, "≥", 2.5, faster(GRPO, "trl", **ROWS)),
+    Target("the same, rollouts", TRL, "≥", 2, faster(GRPO, "trl", key="rollout_tokens_per_s")),
 ]
 
 
