@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=".cache/smollm2")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=10, help="of GRPO")
+    parser.add_argument("--steps", type=int, default=40, help="of GRPO")
     parser.add_argument("--new-tokens", type=int, default=64, help="most tokens of an answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/rlhf"))
