@@ -1,4 +1,4 @@
-"""The peers that answer prompts and learn from rewards with GRPO's loss "dapo": fastpt and TRL's GRPOTrainer.
+"""The peers that answer prompts and learn from rewards with GRPO's loss "dapo": fastpt, and TRL's GRPOTrainer in both precisions.
 
 Both answer the same prompts as often, with answers of the same length: nothing stops them.
 """
@@ -62,11 +62,12 @@ class TrlGrpo(Peer):
     """TRL's GRPOTrainer with its defaults (fp32 weights under bf16 autocast), but for its checkpointing, which is off."""
 
     packages = ("trl", "datasets")
+    dtype = torch.float32
 
     def build(self) -> None:
         from trl import GRPOTrainer  # noqa: F401
 
-        self.model = load_model(self.job, torch.float32, torch.float32)
+        self.model = load_model(self.job, torch.float32 if self.job.is_fp32 else self.dtype, torch.float32)
 
     def train(self, after_step: AfterStep) -> None:
         from datasets import Dataset
@@ -101,4 +102,10 @@ class TrlGrpo(Peer):
             trainer.train()
 
 
-ONLINE_PEERS: dict[str, type[Peer]] = {"fastpt": FastptGrpo, "trl": TrlGrpo}
+class TrlGrpoBf16(TrlGrpo):
+    """With bf16 weights."""
+
+    dtype = torch.bfloat16
+
+
+ONLINE_PEERS: dict[str, type[Peer]] = {"fastpt": FastptGrpo, "trl": TrlGrpo, "trl-bf16": TrlGrpoBf16}

@@ -263,7 +263,9 @@ TARGETS = [
         faster(SEQ2SEQ, "hf-*", **ROWS),
     ),
     Target("GRPO, 4 prompts, 8 answers of 64 tokens", TRL, "≥", 2.5, faster(GRPO, "trl", **ROWS)),
+    Target("the same", f"{TRL}, bf16 weights", "≥", 2.5, faster(GRPO, "trl-bf16", **ROWS)),
     Target("the same, rollouts", TRL, "≥", 2, faster(GRPO, "trl", key="rollout_tokens_per_s")),
+    Target("the same, rollouts", f"{TRL}, bf16 weights", "≥", 2, faster(GRPO, "trl-bf16", key="rollout_tokens_per_s")),
 ]
 
 

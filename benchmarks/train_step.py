@@ -4,6 +4,7 @@
 trainers), seq2seq (Seq2SeqTrainer, a random encoder-decoder without --model).
 Each peer has a process of its own; they take turns round by round, so that drift of the machine hits all alike. The first step of
 a round warms memory and caches and is not timed (the very first one also compiles and packs); medians are reported.
+`fastpt_is` compares rows a second round by round, which all spend on the same rows: median, lowest and highest ratio.
 `peak_above_weights_bytes` is the peak from then on, minus what is resident after imports and with all weights touched:
 gradients, optimizer state, activations and copies of weights in another layout.
 """
@@ -94,22 +95,23 @@ class Contestant:
         if not self.rounds:
             return found if len(found) > 1 else {**found, "skipped": "stopped before its first round"}
         timed = [steps[1:] for steps in self.rounds]
-        rates = [sum(step.tokens for step in steps) / sum(step.seconds for step in steps) for steps in timed]
+        seconds = [sum(step.seconds for step in steps) for steps in timed]
+        rates = [sum(step.tokens for step in steps) / took for steps, took in zip(timed, seconds, strict=True)]
+        row_rates = [len(steps) * self.batch_rows / took for steps, took in zip(timed, seconds, strict=True)]
         rollout_s = sum(step.rollout_s for steps in timed for step in steps)
         if rollout_s:
             found["rollout_tokens_per_s"] = sum(step.tokens for steps in timed for step in steps) / rollout_s
         return {
             **found,
             "tokens_per_s": statistics.median(rates),
-            "rows_per_s": statistics.median(
-                len(steps) * self.batch_rows / sum(step.seconds for step in steps) for steps in timed
-            ),
+            "rows_per_s": statistics.median(row_rates),
             "step_s": statistics.median(step.seconds for steps in timed for step in steps),
             "peak_bytes": self.peak_bytes,
             **self.built,
             "peak_above_weights_bytes": self.peak_bytes - self.built["resident_bytes"],
             "tokens": sum(step.tokens for steps in timed for step in steps),
             "rounds_tokens_per_s": rates,
+            "rounds_rows_per_s": row_rates,
             "losses": [step.loss for steps in self.rounds for step in steps],
         }
 
@@ -155,6 +157,22 @@ def _tail(log: Path, lines: int = 12) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
 
 
+def add_ratios(records: list[dict[str, Any]]) -> None:
+    """`fastpt_is`: how many times as fast, in each round that both finished. By rows, which all see alike: a prompt before two
+    answers is fewer tokens to whom it is one."""
+    rates = {r["peer"]: r["rounds_rows_per_s"] for r in records if "rounds_rows_per_s" in r}
+    ours = rates.get("fastpt") or rates.get("hf-trainer+fuse")
+    for r in records:
+        if ours and r["peer"] in rates:
+            found = [mine / theirs for mine, theirs in zip(ours, rates[r["peer"]], strict=False)]
+            r["fastpt_is"] = {"median": statistics.median(found), "lowest": min(found), "highest": max(found)}
+
+
+def _ratio(record: dict[str, Any]) -> str:
+    found = record.get("fastpt_is")
+    return f"{found['median']:.2f} × ({found['lowest']:.2f}–{found['highest']:.2f})" if found else ""
+
+
 def show(records: list[dict[str, Any]], title: str, console: Console) -> None:
     table = Table(title=title)
     columns = (
@@ -171,13 +189,11 @@ def show(records: list[dict[str, Any]], title: str, console: Console) -> None:
     )
     for column in columns:
         table.add_column(column, justify="left" if column == "peer" else "right")
-    # By rows, which all see alike: a prompt before two answers is fewer tokens to whom it is one.
-    ours = next((r.get("rows_per_s") for r in records if r["peer"] in ("fastpt", "hf-trainer+fuse")), None)
     for r in records:
         if "tokens_per_s" not in r:
             continue
         table.add_row(
-            r["peer"], f"{r['tokens_per_s']:.0f}", f"{r['rows_per_s']:.1f}", f"{ours / r['rows_per_s']:.2f} ×" if ours else "",
+            r["peer"], f"{r['tokens_per_s']:.0f}", f"{r['rows_per_s']:.1f}", _ratio(r),
             f"{r['step_s']:.3f} s", *(f"{r[key] / 2**20:.0f} MiB" for key in
             ("peak_bytes", "weights_bytes", "peak_above_weights_bytes")),
             f"{r['losses'][0]:.4f}", f"{r['losses'][-1]:.4f}",
@@ -256,6 +272,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         entries = {name: TASKS[options.objective].entries[name] for name in options.names}
         records = compare(entries, job, steps_per_round, rounds, console)
+    add_ratios(records)
     about = {
         "objective": options.objective, "work": options.work, "mode": options.mode, "precision": options.precision,
         "model": options.model or "random", "batch": job.batch_rows, "seq": options.seq, "rounds": rounds, "versions": versions(),

@@ -1,5 +1,6 @@
 """The training benchmark beyond fine-tuning, on tiny models: equal losses in float32 where both sides compute the same."""
 
+import dataclasses
 import gzip
 import json
 from importlib.util import find_spec
@@ -8,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import rows, toy, train_step
-from benchmarks.online_peers import GROUP, FastptGrpo, TrlGrpo
+from benchmarks.online_peers import GROUP, ONLINE_PEERS, TrlGrpo, TrlGrpoBf16
 from benchmarks.peers import Job, save_adapter
 from benchmarks.preference_peers import FastptDpo, TrlDpo
 from benchmarks.tasks import TASKS, WORKS
@@ -62,7 +63,7 @@ def test_grpo_steps_tell_their_rollouts(folder, monkeypatch):
     monkeypatch.setattr(_online, "stop_tokens", _online.stop_tokens)  # a peer replaces it, in a process of its own
     prompts = rows.load("sums", None, count=4, length=6)
     job = Job(str(folder / "model"), str(folder / "adapter"), prompts, batch_rows=2, lr=1e-3, length=6)
-    for entry in (FastptGrpo, TrlGrpo):
+    for entry in ONLINE_PEERS.values():
         found = steps_of(entry, job)
         assert [tokens for _, tokens, _ in found] == [2 * GROUP * 6] * 2
         assert all(seconds > 0 for *_, seconds in found)
@@ -78,6 +79,35 @@ def test_rollouts_become_a_rate():
         [step(1.0, 10, 9.0, 9.0), step(1.0, 30, 5.0, 3.0)],
     ]
     assert one.record()["rollout_tokens_per_s"] == 40 / 5
+
+
+def test_trls_weights_for_grpo_are_of_the_peers_dtype(folder):
+    job = Job(str(folder / "model"), str(folder / "adapter"), [], batch_rows=2, lr=1e-3)
+    for entry, is_fp32, dtype in ((TrlGrpo, False, "32"), (TrlGrpoBf16, False, "bfloat16"), (TrlGrpoBf16, True, "32")):
+        peer = entry(dataclasses.replace(job, is_fp32=is_fp32))
+        peer.build()
+        trained, frozen = (
+            {str(p.dtype) for p in peer.model.parameters() if p.requires_grad is is_t} for is_t in (True, False)
+        )
+        assert trained == {"torch.float32"}
+        assert all(name.endswith(dtype) for name in frozen)
+
+
+def test_ratios_are_taken_round_by_round():
+    records = [
+        {"peer": "fastpt", "rounds_rows_per_s": [8.0, 2.0, 9.0]},
+        {"peer": "trl", "rounds_rows_per_s": [2.0, 1.0, 3.0]},
+        {"peer": "trl-bf16", "failed": "in round 3", "rounds_rows_per_s": [4.0, 2.0]},
+        {"peer": "hf", "skipped": "not here"},
+    ]
+    train_step.add_ratios(records)
+    assert records[0]["fastpt_is"] == {"median": 1, "lowest": 1, "highest": 1}
+    assert records[1]["fastpt_is"] == {"median": 3, "lowest": 2, "highest": 4}
+    assert records[2]["fastpt_is"] == {"median": 1.5, "lowest": 1, "highest": 2}
+    assert "fastpt_is" not in records[3]
+    alone = [{"peer": "trl", "rounds_rows_per_s": [2.0]}]
+    train_step.add_ratios(alone)
+    assert "fastpt_is" not in alone[0]
 
 
 def test_every_objective_has_rows_and_peers(capsys):

@@ -16,7 +16,7 @@ from fastpt.errors import DataError
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="needs trl: pip install trl")
 KEYS = {
     "peer", "work", "mode", "tokens_per_s", "step_s", "peak_bytes", "weights_bytes", "peak_above_weights_bytes",
-    "losses", "versions", "machine",
+    "losses", "versions", "machine", "rounds_rows_per_s", "fastpt_is",
 }  # fmt: skip
 
 
