@@ -77,7 +77,7 @@ def biased(
 ) -> Tensor:
     """The same with a bias [1, H, longest, longest] by the places of query and key in their document, for packed tokens.
 
-    The op takes none, so documents become padded rows for scaled_dot_product_attention, and its alone.
+    The op takes none, so documents become padded rows for scaled_dot_product_attention alone.
     """
     assert layout.cu_seqlens is not None
     rows, places, are_real = zip(
