@@ -131,7 +131,9 @@ def main() -> None:
     model = model_of(len(tokenizer), options.seed)
     with tempfile.TemporaryDirectory() as folder:
         found = SIDES[options.side](model, tokenizer, rows, options, folder)
-    model = found.pop("model").float().eval()
+    weights = {name: weight.float() for name, weight in found.pop("model").state_dict().items()}
+    model = model_of(len(tokenizer), options.seed).eval()  # accelerate leaves a trainer's own in autocast
+    model.load_state_dict(weights)
     sources = [tokenizer(row["source"])["input_ids"] for row in test]
     said = tokenizer.batch_decode(
         answers(model, sources, max_new_tokens=64, num_beams=1, do_sample=False), skip_special_tokens=True
